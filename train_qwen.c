@@ -1,0 +1,2344 @@
+// train_qwen.c: trains Qwen language models. Plain C, fp32, one file; train_qwen.cu is its mirror for GPUs.
+//
+//   make train_qwen && ./train_qwen                          trains a small model on a Chinese corpus, about 3 minutes
+//   ./train_qwen --model DIR --data DIR                      continues from a Hugging Face checkpoint
+//   ./train_qwen generate --model DIR --prompt "..."         samples from one
+//   ./train_qwen info --model mini_llm_1.4b                  parameters, FLOPs and memory, without allocating any
+//
+// Where things are (search for "SECTION n"):
+//    1  errors, memory, files                    6  activations: what is kept for the backward pass
+//    2  the model: Config, parameter table       7  the model's forward and backward
+//    3  vectors, exp, matrix multiplication      8  loss, AdamW, schedules
+//    4  layers, forward and backward             9  checkpoints: safetensors, Hugging Face directories
+//    5  (in 4) classifier and loss              10  sampling   11 options   12 training   13 main
+//
+// Letters used throughout, and their values in Qwen3-0.6B:
+//    B  rows of a micro-batch                    V    vocabulary (151936)          NH   query heads (16)
+//    T  tokens of a row                          C    channels, the width (1024)   NKV  key and value heads (8)
+//    N  B * T: positions are rows of matrices    L    layers (28)                  HD   channels of a head (128)
+//                                                I    MLP width (3072)             QKV  (NH + 2 NKV) HD, one fused row
+//
+// One layer, x being the residual stream (N, C). Every matrix is stored (outputs, inputs) and used as x W^T:
+//
+//    x --+-- rmsnorm --> h1 --Wqkv (+b)--> qkv --(QK-norm)--rope--> attention --> att --Wo--> (+) --> x_mid
+//        |                                                                                     |
+//        +-------------------------------------------------------------------------------------+
+//    x_mid --+-- rmsnorm --> h2 --Wgate,Wup--> gate, up --> silu(gate) * up --> act --Wdown--> (+) --> next x
+//            |                                                                                  |
+//            +----------------------------------------------------------------------------------+
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE 1        // POSIX functions under -std=c11
+#endif
+#include <assert.h>
+#include <dirent.h>          // opendir: finding checkpoints
+#include <errno.h>
+#include <inttypes.h>
+#include <math.h>
+#include <signal.h>          // Ctrl-C saves before it stops
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>    // getrusage: peak memory
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 1. Errors, memory, files
+
+// What a user or a machine can get wrong: one line on stderr, exit code 1. (assert is for programmers' errors.)
+#define CHECK(condition, ...) do { if (!(condition)) fail(__FILE__, __LINE__, __VA_ARGS__); } while (0)
+#define DIE(...) fail(__FILE__, __LINE__, __VA_ARGS__)
+
+#if defined(__GNUC__)
+__attribute__((noreturn, format(printf, 3, 4)))
+#endif
+void fail(const char *file, int line, const char *format, ...) {
+    va_list arguments;
+    fflush(stdout);
+    fprintf(stderr, "error: ");
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    const char *base = strrchr(file, '/');
+    fprintf(stderr, " [%s:%d]\n", base ? base + 1 : file, line);
+    exit(1);
+}
+
+void *xrealloc(void *old, size_t bytes) {
+    void *p = realloc(old, bytes ? bytes : 1);
+    CHECK(p != NULL, "out of memory: could not get %zu MiB", bytes >> 20);
+    return p;
+}
+void *xmalloc(size_t bytes) { return xrealloc(NULL, bytes); }
+void *xcalloc(size_t count, size_t bytes) {
+    void *p = calloc(count ? count : 1, bytes ? bytes : 1);
+    CHECK(p != NULL, "out of memory: could not get %zu MiB", (count * bytes) >> 20);
+    return p;
+}
+
+// The whole file, with a NUL after its last byte; *size (may be NULL) receives the number of bytes.
+char *read_file(const char *path, size_t *size) {
+    FILE *f = fopen(path, "rb");
+    CHECK(f != NULL, "cannot open %s: %s", path, strerror(errno));
+    struct stat st;
+    CHECK(fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode), "%s is not a regular file", path);
+    char *data = (char *)xmalloc((size_t)st.st_size + 1);
+    size_t n = fread(data, 1, (size_t)st.st_size, f);
+    CHECK(n == (size_t)st.st_size, "cannot read %s: %zu of %lld bytes came", path, n, (long long)st.st_size);
+    fclose(f);
+    data[n] = 0;
+    if (size) *size = n;
+    return data;
+}
+
+bool file_exists(const char *path) { return access(path, F_OK) == 0; }
+
+// A path made like printf makes text. Four results may be in use at a time.
+#if defined(__GNUC__)
+__attribute__((format(printf, 1, 2)))
+#endif
+const char *path_of(const char *format, ...) {
+    static char buffers[4][4096];
+    static int next;
+    char *path = buffers[next++ % 4];
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(path, sizeof buffers[0], format, arguments);
+    va_end(arguments);
+    CHECK(length < (int)sizeof buffers[0], "the path is too long: %.80s...", path);
+    return path;
+}
+
+// A file that is written completely or reported: close_file checks every byte up to the disk.
+FILE *create_file(const char *path) {
+    FILE *f = fopen(path, "wb");
+    CHECK(f != NULL, "cannot write %s: %s", path, strerror(errno));
+    return f;
+}
+void close_file(FILE *f, const char *path) {
+    bool written = !ferror(f) && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    int reason = errno;
+    written = (fclose(f) == 0) && written;
+    CHECK(written, "cannot write %s: %s", path, strerror(reason));
+}
+
+double now_s(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+#include "tokenizer.h"       // Json, Tokenizer
+#include "dataloader.h"      // Loader, Batch, TokenFileHeader; mix64
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 2. The model
+//
+// Qwen v1, Qwen1.5/2/2.5 and Qwen3 (dense) are one architecture with three switches.
+
+typedef struct {
+    int V, C, L, NH, NKV, HD, I;
+    int max_T;               // longest sequence the model was made for
+    float rope_base;         // 10000 or 1000000: the wavelength of the slowest RoPE pair is about 2 pi rope_base positions
+    float norm_eps;
+    bool qkv_bias;           // Qwen v1 to Qwen2.5
+    bool qk_norm;            // Qwen3
+    bool tied;               // the classifier uses the embedding matrix
+} Config;
+
+// Every tensor of the model is one line here: its field in the C structs, its size, whether weight decay applies, how it
+// begins, and its name in checkpoints of qwen2/qwen3 and of qwen (v1). A tensor of 0 rows is absent.
+//   - wq, wk, wv lie one behind the other in memory, so wq is also the fused matrix (QKV, C); so do bq, bk, bv, and
+//     w_gate, w_up. That is why the order of the lines matters.
+//   - Lines with the same v1 name are slices of one v1 tensor, in this order.
+//   - Output projections begin smaller by sqrt(2L), so that the residual stream's size doesn't grow with depth (GPT-2).
+// The X-macro is expanded three times: into struct fields, into the list that everything else loops over, and into the
+// code which points the fields into one block of memory.
+
+#define LAYER_TENSORS(X) /* field, rows, columns, decay, init, qwen2/qwen3 name, qwen (v1) name */                           \
+    X(norm1,    1,                         c->C,          NO_DECAY, ONES,   "input_layernorm.weight",          "ln_1.weight")         \
+    X(wq,       c->NH * c->HD,             c->C,          DECAY,    NORMAL, "self_attn.q_proj.weight",         "attn.c_attn.weight")  \
+    X(wk,       c->NKV * c->HD,            c->C,          DECAY,    NORMAL, "self_attn.k_proj.weight",         "attn.c_attn.weight")  \
+    X(wv,       c->NKV * c->HD,            c->C,          DECAY,    NORMAL, "self_attn.v_proj.weight",         "attn.c_attn.weight")  \
+    X(bq,       c->qkv_bias,               c->NH * c->HD, NO_DECAY, ZEROS,  "self_attn.q_proj.bias",           "attn.c_attn.bias")    \
+    X(bk,       c->qkv_bias,               c->NKV * c->HD, NO_DECAY, ZEROS, "self_attn.k_proj.bias",           "attn.c_attn.bias")    \
+    X(bv,       c->qkv_bias,               c->NKV * c->HD, NO_DECAY, ZEROS, "self_attn.v_proj.bias",           "attn.c_attn.bias")    \
+    X(q_norm,   c->qk_norm,                c->HD,         NO_DECAY, ONES,   "self_attn.q_norm.weight",         "")                    \
+    X(k_norm,   c->qk_norm,                c->HD,         NO_DECAY, ONES,   "self_attn.k_norm.weight",         "")                    \
+    X(wo,       c->C,                      c->NH * c->HD, DECAY,    SCALED, "self_attn.o_proj.weight",         "attn.c_proj.weight")  \
+    X(norm2,    1,                         c->C,          NO_DECAY, ONES,   "post_attention_layernorm.weight", "ln_2.weight")         \
+    X(w_gate,   c->I,                      c->C,          DECAY,    NORMAL, "mlp.gate_proj.weight",            "mlp.w2.weight")       \
+    X(w_up,     c->I,                      c->C,          DECAY,    NORMAL, "mlp.up_proj.weight",              "mlp.w1.weight")       \
+    X(w_down,   c->C,                      c->I,          DECAY,    SCALED, "mlp.down_proj.weight",            "mlp.c_proj.weight")
+
+#define MODEL_TENSORS(X)                                                                                                     \
+    X(wte,      c->V,                      c->C,          DECAY,    NORMAL, "model.embed_tokens.weight",       "transformer.wte.weight")  \
+    X(norm,     1,                         c->C,          NO_DECAY, ONES,   "model.norm.weight",               "transformer.ln_f.weight") \
+    X(lm_head,  c->tied ? 0 : c->V,        c->C,          DECAY,    NORMAL, "lm_head.weight",                  "lm_head.weight")
+
+#define AS_FIELD(field, ...) float *field;
+typedef struct { LAYER_TENSORS(AS_FIELD) } LayerParams;
+typedef struct { MODEL_TENSORS(AS_FIELD) LayerParams *layers; float *head; } Params;     // head: lm_head, or wte if tied
+
+typedef enum { NO_DECAY, DECAY } Decay;
+typedef enum { ZEROS, ONES, NORMAL, SCALED } Init;
+
+typedef struct {
+    char name[96], name_v1[96];      // in checkpoints
+    int layer;                       // -1: not in a layer
+    size_t rows, cols, offset;       // the tensor is memory[offset .. offset + rows * cols)
+    bool is_vector;                  // one row: stored with shape [cols]
+    Decay decay;
+    Init init;
+} TensorInfo;
+
+// The tensors in the order of memory: embedding, final norm, head, then layer by layer.
+typedef struct { TensorInfo *list; int count; size_t num_params; } TensorTable;
+
+void table_add(TensorTable *t, int layer, int rows, int cols, Decay decay, Init init, const char *name, const char *name_v1) {
+    if (rows == 0) return;
+    t->list = (TensorInfo *)xrealloc(t->list, (size_t)(t->count + 1) * sizeof(TensorInfo));
+    TensorInfo *info = &t->list[t->count++];
+    char prefix[32] = "", prefix_v1[32] = "";
+    if (layer >= 0) snprintf(prefix, sizeof prefix, "model.layers.%d.", layer), snprintf(prefix_v1, sizeof prefix_v1, "transformer.h.%d.", layer);
+    snprintf(info->name, sizeof info->name, "%s%s", prefix, name);
+    snprintf(info->name_v1, sizeof info->name_v1, "%s%s", prefix_v1, name_v1);
+    info->layer = layer, info->rows = (size_t)rows, info->cols = (size_t)cols, info->offset = t->num_params;
+    info->is_vector = decay == NO_DECAY, info->decay = decay, info->init = init;
+    t->num_params += info->rows * info->cols;
+}
+
+#define AS_TABLE_ROW(field, rows, cols, decay, init, name, name_v1) table_add(&table, layer, rows, cols, decay, init, name, name_v1);
+TensorTable tensor_table(const Config *c) {
+    TensorTable table = {NULL, 0, 0};
+    int layer = -1;
+    MODEL_TENSORS(AS_TABLE_ROW)
+    for (layer = 0; layer < c->L; layer++) { LAYER_TENSORS(AS_TABLE_ROW) }
+    return table;
+}
+
+// Points all fields into memory of num_params floats, in the order of the table. Absent tensors become NULL.
+#define AS_POINTER(field, rows, cols, ...) fields->field = (rows) > 0 ? memory : NULL; memory += (size_t)(rows) * (size_t)(cols);
+void params_point(Params *p, const Config *c, float *memory) {
+    Params *model = p;
+    {   Params *fields = model; MODEL_TENSORS(AS_POINTER) }
+    if (!p->layers) p->layers = (LayerParams *)xcalloc((size_t)c->L, sizeof(LayerParams));
+    for (int l = 0; l < c->L; l++) { LayerParams *fields = &p->layers[l]; LAYER_TENSORS(AS_POINTER) }
+    p->head = c->tied ? p->wte : p->lm_head;
+}
+
+// A normal random number for index i of stream `seed`: always the same, in whatever order and on whatever machine they are
+// asked for. Box-Muller on two halves of mix64.
+float random_normal(uint64_t seed, uint64_t i) {
+    uint64_t bits = mix64(mix64(seed) + i);
+    double u = ((double)(bits >> 32) + 1.0) / 4294967296.0, v = (double)(bits & 0xFFFFFFFFu) / 4294967296.0;
+    return (float)(sqrt(-2.0 * log(u)) * cos(6.283185307179586 * v));
+}
+double random_uniform(uint64_t seed, uint64_t i) { return (double)(mix64(mix64(seed) + i) >> 11) / 9007199254740992.0; }
+
+void init_params(float *params, const Config *c, const TensorTable *table, uint64_t seed) {
+    for (int k = 0; k < table->count; k++) {
+        const TensorInfo *t = &table->list[k];
+        float scale = t->init == SCALED ? 0.02f / sqrtf(2.0f * (float)c->L) : 0.02f;
+        #pragma omp parallel for
+        for (size_t i = t->offset; i < t->offset + t->rows * t->cols; i++)
+            params[i] = t->init == ZEROS ? 0.0f : t->init == ONES ? 1.0f : scale * random_normal(seed, i);
+    }
+}
+
+typedef struct { const char *name; Config config; } Preset;
+static const Preset PRESETS[] = {
+    //                    V      C     L   NH  NKV  HD    I  max_T  rope_base    eps  bias  qk_norm tied
+    {"tiny",          {     0,  256,   6,   4,  2,  64,   704,  1024,   10000, 1e-6f, false, true,  true }},   // V: from the data
+    {"mini_llm_1.4b", {151936, 2048,  16,  16, 16, 128,  5504,  8192,   10000, 1e-6f, true,  false, false}},
+    {"qwen2.5-0.5b",  {151936,  896,  24,  14,  2,  64,  4864, 32768, 1000000, 1e-6f, true,  false, true }},
+    {"qwen2.5-1.5b",  {151936, 1536,  28,  12,  2, 128,  8960, 32768, 1000000, 1e-6f, true,  false, true }},
+    {"qwen2.5-3b",    {151936, 2048,  36,  16,  2, 128, 11008, 32768, 1000000, 1e-6f, true,  false, true }},
+    {"qwen2.5-7b",    {152064, 3584,  28,  28,  4, 128, 18944, 32768, 1000000, 1e-6f, true,  false, false}},
+    {"qwen3-0.6b",    {151936, 1024,  28,  16,  8, 128,  3072, 40960, 1000000, 1e-6f, false, true,  true }},
+    {"qwen3-1.7b",    {151936, 2048,  28,  16,  8, 128,  6144, 40960, 1000000, 1e-6f, false, true,  true }},
+    {"qwen3-4b",      {151936, 2560,  36,  32,  8, 128,  9728, 40960, 1000000, 1e-6f, false, true,  true }},
+};
+enum { NUM_PRESETS = sizeof PRESETS / sizeof PRESETS[0] };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 3. Vectors, exp, matrix multiplication
+//
+// All that is fast on a CPU stands here; a first reader can take these three facts and go on to section 4:
+//    exp_row(out, inp, scale, shift, n)        out[i] = exp(scale * inp[i] - shift), returns the sum of out
+//    gemm(C, ldc, A, B, M, N, K, mode)         C (M, N) = or += A (M, K) B (K, N)
+//    gemm_block(...)                           the same on one thread, for use inside a parallel region
+//
+// Vectors are those of GCC and Clang: + - * work on all elements, and the compiler picks the instructions.
+
+#if defined(__AVX512F__)
+enum { VL = 16, MR = 14 };       // floats in a vector; rows of C that the micro-kernel keeps in registers: of 32 registers
+#elif defined(__AVX__)           // 28 hold C, 2 hold B, 1 or 2 broadcast A
+enum { VL = 8, MR = 6 };         // 16 registers: 12 + 2 + 2
+#else
+enum { VL = 4, MR = 6 };         // SSE2: 16 registers; NEON has 32
+#endif
+enum {
+    NR = 2 * VL,                 // columns of C in the micro-kernel
+    KC = 256,                    // depth of a block: a panel of B (KC, NR) stays in the L1 cache
+    MC = 12 * MR,                // rows of A (MC, KC) that stay in the L2 cache meanwhile
+    NC = 512,                    // columns of B that are packed at a time
+};
+typedef float vec __attribute__((vector_size(VL * 4)));
+typedef int32_t veci __attribute__((vector_size(VL * 4)));
+typedef float vec_at __attribute__((vector_size(VL * 4), aligned(4), may_alias));    // a vector anywhere in memory
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// A matrix somewhere in memory: element (i, j) is data[i * row + j * col]. Transposing swaps row and col.
+typedef struct { const float *data; ptrdiff_t row, col; } View;
+View view(const float *data, ptrdiff_t row, ptrdiff_t col) { View v = {data, row, col}; return v; }
+
+typedef enum { OVERWRITE, ACCUMULATE } WriteMode;
+
+// c (m, n) = or += a (m, kc) b (kc, n), m <= MR, n <= NR. b is packed: row k is b[k * NR ..]. Always MR * NR sums of the same
+// order, so that an element of C doesn't depend on where its tile begins; at the border the surplus is dropped.
+void micro_kernel(float *c, ptrdiff_t ldc, View a, const float *b, int kc, int m, int n, WriteMode mode) {
+    vec sum[MR][2];
+    UNROLL
+    for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
+    for (int k = 0; k < kc; k++, b += NR) {
+        vec b0 = *(const vec_at *)b, b1 = *(const vec_at *)(b + VL);
+        UNROLL
+        for (int i = 0; i < MR; i++) {
+            float x = a.data[i * a.row + k * a.col];
+            sum[i][0] += x * b0;
+            sum[i][1] += x * b1;
+        }
+    }
+    float border[MR][NR];
+    bool whole = m == MR && n == NR;
+    UNROLL
+    for (int i = 0; i < MR; i++) {
+        float *to = whole ? c + i * ldc : border[i];
+        vec_at *c0 = (vec_at *)to, *c1 = (vec_at *)(to + VL);
+        if (whole && mode == ACCUMULATE) sum[i][0] += *c0, sum[i][1] += *c1;
+        *c0 = sum[i][0], *c1 = sum[i][1];
+    }
+    for (int i = 0; !whole && i < m; i++)
+        for (int j = 0; j < n; j++) c[i * ldc + j] = mode == ACCUMULATE ? c[i * ldc + j] + border[i][j] : border[i][j];
+}
+
+// out[k * width + w] = from(w, k): a panel of `count` (at most width) rows or columns, side by side for each k, then zeros.
+void pack_panel(float *out, View from, int count, int width, int kc) {
+    if (from.row == 1 && count == width) {
+        for (int k = 0; k < kc; k++) memcpy(out + (ptrdiff_t)k * width, from.data + k * from.col, sizeof(float) * (size_t)width);
+        return;
+    }
+    if (count < width) memset(out, 0, sizeof(float) * (size_t)kc * (size_t)width);
+    for (int k0 = 0; k0 < kc; k0 += 16) {                        // 16 k at a time: whole cache lines are read and written
+        int k1 = k0 + 16 < kc ? k0 + 16 : kc;
+        for (int w = 0; w < count; w++)
+            for (int k = k0; k < k1; k++) out[(ptrdiff_t)k * width + w] = from.data[w * from.row + k * from.col];
+    }
+}
+
+// A buffer of the calling thread, kept for its next call; 64-byte aligned. Slots are used independently.
+float *thread_buffer(int slot, size_t floats) {
+    static __thread float *buffers[4];
+    static __thread size_t sizes[4];
+    if (sizes[slot] < floats) {
+        free(buffers[slot]);
+        buffers[slot] = (float *)aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
+        CHECK(buffers[slot] != NULL, "out of memory: could not get %zu MiB", floats * sizeof(float) >> 20);
+        sizes[slot] = floats;
+    }
+    return buffers[slot];
+}
+enum { BUFFER_A, BUFFER_B, BUFFER_ATTENTION, BUFFER_ROW };
+
+// C (M, N) = or += A (M, K) B (K, N), on the calling thread. Blocks of B are packed so that the micro-kernel reads them in order;
+// A is read where it is when its rows are contiguous (col == 1), else packed as well.
+void gemm_block(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMode mode) {
+    float *packed_a = thread_buffer(BUFFER_A, (size_t)MC * KC), *packed_b = thread_buffer(BUFFER_B, (size_t)NC * KC);
+    for (int j0 = 0; j0 < N; j0 += NC)
+        for (int k0 = 0; k0 < K; k0 += KC) {
+            int nc = N - j0 < NC ? N - j0 : NC, kc = K - k0 < KC ? K - k0 : KC;
+            for (int j = 0; j < nc; j += NR) {
+                View columns = {B.data + k0 * B.row + (j0 + j) * B.col, B.col, B.row};
+                pack_panel(packed_b + (ptrdiff_t)j * kc, columns, nc - j < NR ? nc - j : NR, NR, kc);
+            }
+            for (int i0 = 0; i0 < M; i0 += MC) {
+                int mc = M - i0 < MC ? M - i0 : MC, in_place = A.col == 1 ? mc / MR * MR : 0;
+                for (int i = in_place; i < mc; i += MR) {
+                    View rows = {A.data + (i0 + i) * A.row + k0 * A.col, A.row, A.col};
+                    pack_panel(packed_a + (ptrdiff_t)i * kc, rows, mc - i < MR ? mc - i : MR, MR, kc);
+                }
+                for (int j = 0; j < nc; j += NR)
+                    for (int i = 0; i < mc; i += MR) {
+                        View a = {packed_a + (ptrdiff_t)i * kc, 1, MR};
+                        if (i < in_place) a = view(A.data + (i0 + i) * A.row + k0, A.row, 1);
+                        micro_kernel(C + (i0 + i) * ldc + j0 + j, ldc, a, packed_b + (ptrdiff_t)j * kc, kc,
+                                     mc - i < MR ? mc - i : MR, nc - j < NR ? nc - j : NR, k0 > 0 ? ACCUMULATE : mode);
+                    }
+            }
+        }
+    if (K == 0 && mode == OVERWRITE)
+        for (int i = 0; i < M; i++) memset(C + i * ldc, 0, sizeof(float) * (size_t)N);
+}
+
+// The same on all threads: each computes one tile of C. An element is always summed in the same order by one thread, so the
+// result does not depend on the number of threads, to the last bit.
+void gemm(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMode mode) {
+#ifdef _OPENMP
+    int threads = omp_get_max_threads(), across = 1;
+    int row_tiles = (M + MR - 1) / MR, column_tiles = (N + NR - 1) / NR;
+    double least = 1e30;
+    for (int q = 1; q <= threads; q++) {                         // threads / q rows of q tiles: the least work for the slowest
+        if (threads % q != 0) continue;
+        int down = threads / q;
+        double m = (row_tiles + down - 1) / down * MR, n = (column_tiles + q - 1) / q * NR;
+        double work = m * n + 30 * n + (A.col == 1 ? 0 : 30 * m);        // packing an element costs about 30 multiply-adds
+        if (work < least) least = work, across = q;
+    }
+    #pragma omp parallel for
+    for (int tile = 0; tile < threads; tile++) {
+        int down = threads / across, y = tile / across, x = tile % across;
+        int i0 = (int)((long)row_tiles * y / down) * MR, i1 = (int)((long)row_tiles * (y + 1) / down) * MR;
+        int j0 = (int)((long)column_tiles * x / across) * NR, j1 = (int)((long)column_tiles * (x + 1) / across) * NR;
+        if (i1 > M) i1 = M;
+        if (j1 > N) j1 = N;
+        if (i0 < i1 && j0 < j1)
+            gemm_block(C + i0 * ldc + j0, ldc, view(A.data + i0 * A.row, A.row, A.col), view(B.data + j0 * B.col, B.row, B.col),
+                       i1 - i0, j1 - j0, K, mode);
+    }
+#else
+    gemm_block(C, ldc, A, B, M, N, K, mode);
+#endif
+}
+
+vec select_vector(veci mask, vec yes, vec no) { return (vec)((mask & (veci)yes) | (~mask & (veci)no)); }
+
+// exp of every element, within 2 units in the last place for -87 <= x <= 88; beyond, exp of the nearer end. NaN stays NaN.
+// exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2, where seven terms of Taylor's series suffice.
+vec vector_exp(vec x) {
+    const vec low = (vec){} - 87.0f, high = (vec){} + 88.0f;
+    x = select_vector(x < low, low, select_vector(x > high, high, x));
+    vec shifted = x * 1.44269504f + 12582912.0f;                 // 1.5 * 2^23 pushes the fraction out: rounds to an integer,
+    vec n = shifted - 12582912.0f;                               // which is also in the low bits of `shifted`
+    vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;         // ln 2 in two parts, the first exact in 15 bits
+    vec p = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
+    return p * (vec)(((veci)shifted - 0x4B400000 + 127) << 23);  // 0x4B400000 are the bits of 1.5 * 2^23; 2^n by its exponent
+}
+
+// out[i] = exp(scale * inp[i] - shift); returns the sum of out.
+float exp_row(float *out, const float *inp, float scale, float shift, int n) {
+    vec sums = {0};
+    int i = 0;
+    for (; i + VL <= n; i += VL) {
+        vec e = vector_exp(scale * *(const vec_at *)(inp + i) - shift);
+        *(vec_at *)(out + i) = e;
+        sums += e;
+    }
+    float sum = 0;
+    for (int j = 0; j < VL; j++) sum += sums[j];
+    for (; i < n; i++) sum += out[i] = vector_exp((vec){} + (scale * inp[i] - shift))[0];
+    return sum;
+}
+
+float row_max(const float *x, int n) {
+    vec highest = (vec){} + x[0];
+    int i = 1;
+    for (; i + VL <= n; i += VL) highest = select_vector(*(const vec_at *)(x + i) > highest, *(const vec_at *)(x + i), highest);
+    float max = highest[0];
+    for (int j = 1; j < VL; j++) if (highest[j] > max) max = highest[j];
+    for (; i < n; i++) if (x[i] > max) max = x[i];
+    return max;
+}
+
+float dot(const float *a, const float *b, int n) {
+    float sum = 0;
+    #pragma omp simd reduction(+:sum)
+    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 4. Layers, forward and backward
+//
+// Arguments: outputs, inputs, sizes. Of a backward, d_x is the gradient of the loss with respect to x; gradients of parameters are
+// added to (+=), gradients of activations are written (=) unless the comment says +=.
+// Every sum over rows runs in a fixed order, whatever the number of threads.
+
+// out (N, C): out[n] = wte[tokens[n]]
+void embedding_forward(float *out, const int *tokens, const float *wte, int N, int C) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) memcpy(out + (size_t)n * C, wte + (size_t)tokens[n] * C, sizeof(float) * (size_t)C);
+}
+
+// dwte[tokens[n]] += dout[n]. A token may stand in many rows, so threads share the columns, not the rows.
+void embedding_backward(float *dwte, const float *dout, const int *tokens, int N, int C) {
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += 64)
+        for (int n = 0; n < N; n++) {
+            float *to = dwte + (size_t)tokens[n] * C;
+            for (int c = c0; c < C && c < c0 + 64; c++) to[c] += dout[(size_t)n * C + c];
+        }
+}
+
+// Each row of inp holds G vectors of C channels, one behind the other; the next row is `stride` floats on. (G = 1 for the norms
+// of the residual stream; for QK-norm the heads are the vectors.) For each vector x:
+//    rstd = 1 / sqrt(mean(x^2) + eps),  out = x * rstd * weight            rstd (N, G) is kept for the backward
+void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *weight, int N, int G, int C, int stride, float eps) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int g = 0; g < G; g++) {
+            size_t at = (size_t)n * stride + (size_t)g * C;
+            const float *x = inp + at;
+            float *y = out + at, r = 1.0f / sqrtf(dot(x, x, C) / (float)C + eps);
+            for (int c = 0; c < C; c++) y[c] = x[c] * r * weight[c];
+            rstd[(size_t)n * G + g] = r;
+        }
+}
+
+// dweight += sum over vectors of dout * x * rstd
+// dinp = or += rstd * (weight * dout - x * rstd^2 * mean(weight * dout * x));  with OVERWRITE dinp may be dout itself
+void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, const float *rstd,
+                      int N, int G, int C, int stride, WriteMode mode) {
+    #pragma omp parallel for
+    for (int c0 = 0; c0 < C; c0 += 32)                           // columns are shared out, as in embedding_backward
+        for (int n = 0; n < N; n++)
+            for (int g = 0; g < G; g++) {
+                size_t at = (size_t)n * stride + (size_t)g * C;
+                float r = rstd[(size_t)n * G + g];
+                for (int c = c0; c < C && c < c0 + 32; c++) dweight[c] += dout[at + c] * inp[at + c] * r;
+            }
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int g = 0; g < G; g++) {
+            size_t at = (size_t)n * stride + (size_t)g * C;
+            const float *dy = dout + at, *x = inp + at;
+            float *dx = dinp + at, r = rstd[(size_t)n * G + g], sum = 0;
+            #pragma omp simd reduction(+:sum)
+            for (int c = 0; c < C; c++) sum += weight[c] * dy[c] * x[c];
+            float back = sum / (float)C * r * r * r;
+            for (int c = 0; c < C; c++) {
+                float d = weight[c] * dy[c] * r - x[c] * back;
+                dx[c] = mode == ACCUMULATE ? dx[c] + d : d;
+            }
+        }
+}
+
+// out (N, OC) = or += inp (N, C) weight (OC, C)^T + bias (OC). bias may be NULL.
+// One or few rows (sampling) are dot products with the rows of weight: then reading weight from memory is all that counts.
+void matmul_forward(float *out, const float *inp, const float *weight, const float *bias, int N, int C, int OC, WriteMode mode) {
+    if (N < 4) {
+        #pragma omp parallel for
+        for (int o = 0; o < OC; o++)
+            for (int n = 0; n < N; n++) {
+                float *to = out + (size_t)n * OC + o, sum = dot(inp + (size_t)n * C, weight + (size_t)o * C, C);
+                *to = (mode == ACCUMULATE ? *to : 0) + sum + (bias ? bias[o] : 0);
+            }
+        return;
+    }
+    gemm(out, OC, view(inp, C, 1), view(weight, 1, C), N, OC, C, mode);
+    if (!bias) return;
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++)
+        for (int o = 0; o < OC; o++) out[(size_t)n * OC + o] += bias[o];
+}
+
+// dinp (N, C) = dout weight;  dweight (OC, C) += dout^T inp;  dbias += column sums of dout
+void matmul_backward(float *dinp, float *dweight, float *dbias, const float *dout, const float *inp, const float *weight,
+                     int N, int C, int OC) {
+    gemm(dinp, C, view(dout, OC, 1), view(weight, C, 1), N, C, OC, OVERWRITE);
+    gemm(dweight, C, view(dout, 1, OC), view(inp, C, 1), OC, C, N, ACCUMULATE);
+    if (!dbias) return;
+    #pragma omp parallel for
+    for (int o0 = 0; o0 < OC; o0 += 32)
+        for (int n = 0; n < N; n++)
+            for (int o = o0; o < OC && o < o0 + 32; o++) dbias[o] += dout[(size_t)n * OC + o];
+}
+
+// cos and sin of every position's angles: table (T, HD / 2, 2), angle = position * base^(-2 i / HD), computed in double.
+void rope_table(float *table, int T, int HD, float base) {
+    for (int t = 0; t < T; t++)
+        for (int i = 0; i < HD / 2; i++) {
+            double angle = t * pow((double)base, -2.0 * i / HD);
+            table[((size_t)t * (HD / 2) + i) * 2] = (float)cos(angle);
+            table[((size_t)t * (HD / 2) + i) * 2 + 1] = (float)sin(angle);
+        }
+}
+
+// Turns, in place, each pair (x[i], x[i + HD/2]) of each of the first `heads` heads of a row by the angles of its position.
+// (Easy to get wrong: Qwen pairs i with i + HD/2, not with i + 1.) The backward turns gradients the other way round.
+typedef enum { ROPE_FORWARD = 1, ROPE_BACKWARD = -1 } RopeDirection;
+void rope(float *x, const int *positions, const float *table, int N, int heads, int HD, int stride, RopeDirection direction) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *angles = table + (size_t)positions[n] * HD;
+        for (int h = 0; h < heads; h++) {
+            float *a = x + (size_t)n * stride + (size_t)h * HD, *b = a + HD / 2;
+            for (int i = 0; i < HD / 2; i++) {
+                float c = angles[2 * i], s = angles[2 * i + 1] * (float)direction, a0 = a[i], b0 = b[i];
+                a[i] = a0 * c - b0 * s;
+                b[i] = b0 * c + a0 * s;
+            }
+        }
+    }
+}
+
+// Causal attention with grouped heads: query head h reads key and value head h / (NH / NKV). For query position t and the keys
+// j = start[t] .. t of its document:   p_j = softmax_j(q . k_j / sqrt(HD)),   att = sum_j p_j v_j
+// q, k, v are heads inside rows of `stride` floats; att is (N, NH * HD); lse (B, NH, T) keeps log(sum(exp(scores))), from which the
+// backward makes p again. Blocks of ATTENTION_ROWS queries meet all their keys at once: (T, T) is never stored.
+enum { ATTENTION_ROWS = 64 };
+
+// One block: queries t0 .. t0 + n - 1 of one head against keys 0 .. t0 + n - 1. All pointers are those of the row's position 0, q
+// and att excepted, which are those of t0; so does start.
+void attention_block(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int t0, int n,
+                     int HD, int q_stride, int kv_stride, int att_stride) {
+    int first = start[0], keys = t0 + n;
+    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
+    int count = keys - first;
+    float *scores = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)(keys + 64)), scale = 1.0f / sqrtf((float)HD);
+    gemm_block(scores, count, view(q, q_stride, 1), view(k + (size_t)first * kv_stride, 1, kv_stride), n, count, HD, OVERWRITE);
+    for (int i = 0; i < n; i++) {
+        float *row = scores + (size_t)i * count;
+        int from = start[i] - first, to = t0 + i + 1 - first;
+        float max = row_max(row + from, to - from) * scale;
+        float sum = exp_row(row + from, row + from, scale, max, to - from), inverse = 1.0f / sum;
+        for (int j = 0; j < from; j++) row[j] = 0;
+        for (int j = from; j < to; j++) row[j] *= inverse;
+        for (int j = to; j < count; j++) row[j] = 0;
+        if (lse) lse[i] = max + logf(sum);
+    }
+    gemm_block(att, att_stride, view(scores, count, 1), view(v + (size_t)first * kv_stride, kv_stride, 1), n, HD, count, OVERWRITE);
+}
+
+void attention_forward(float *att, float *lse, const float *q, const float *k, const float *v, const int *start,
+                       int B, int T, int NH, int NKV, int HD, int stride) {
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int h = 0; h < NH; h++) {
+            size_t row = (size_t)b * T, kv_head = (size_t)(h / (NH / NKV)) * HD;
+            for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS)
+                attention_block(att + (row + t0) * NH * HD + (size_t)h * HD, lse + (row * NH + (size_t)h * T) + t0,
+                                q + (row + t0) * stride + (size_t)h * HD, k + row * stride + kv_head, v + row * stride + kv_head,
+                                start + row + t0, t0, T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, HD, stride, stride, NH * HD);
+        }
+}
+
+// Keys and values of one sequence so far, so that generating a token needs the forward pass of that token only.
+typedef struct { float *k, *v; int *zeros; int capacity, length; } KVCache;      // k, v: (L, capacity, NKV HD)
+
+// Attention of T new tokens, which follow cache->length others; their keys and values are put into the cache of this layer.
+void attention_cached(float *att, const float *q, const float *k, const float *v, const KVCache *cache, int layer,
+                      int T, int NH, int NKV, int HD, int stride) {
+    int width = NKV * HD, past = cache->length;
+    float *keys = cache->k + (size_t)layer * cache->capacity * width, *values = cache->v + (size_t)layer * cache->capacity * width;
+    for (int t = 0; t < T; t++) {
+        memcpy(keys + (size_t)(past + t) * width, k + (size_t)t * stride, sizeof(float) * (size_t)width);
+        memcpy(values + (size_t)(past + t) * width, v + (size_t)t * stride, sizeof(float) * (size_t)width);
+    }
+    #pragma omp parallel for
+    for (int h = 0; h < NH; h++)
+        for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS)
+            attention_block(att + (size_t)t0 * NH * HD + (size_t)h * HD, NULL, q + (size_t)t0 * stride + (size_t)h * HD,
+                            keys + (size_t)(h / (NH / NKV)) * HD, values + (size_t)(h / (NH / NKV)) * HD, cache->zeros, past + t0,
+                            T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, HD, stride, width, NH * HD);
+}
+
+// dq, dk, dv = (rows of `stride` floats, laid out as q, k, v). With p_ij of query i and key j, datt of att:
+//    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      dscore_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
+//    dq_i = sum_j dscore_ij k_j    dk_j = sum_i dscore_ij q_i
+// One task is one key/value head with all of its query heads, so dk and dv have one writer.
+void attention_backward(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,
+                        const float *k, const float *v, const int *start, int B, int T, int NH, int NKV, int HD, int stride) {
+    int group = NH / NKV;
+    float scale = 1.0f / sqrtf((float)HD);
+    #pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int b = 0; b < B; b++)
+        for (int g = 0; g < NKV; g++) {
+            size_t row = (size_t)b * T, kv = row * stride + (size_t)g * HD;
+            for (int t = 0; t < T; t++) {
+                memset(dk + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
+                memset(dv + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
+            }
+            for (int h = g * group; h < (g + 1) * group; h++)
+                for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
+                    int n = T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, first = start[row + t0];
+                    for (int i = 1; i < n; i++) if (start[row + t0 + i] < first) first = start[row + t0 + i];
+                    int count = t0 + n - first;
+                    size_t queries = (row + t0) * stride + (size_t)h * HD, outputs = (row + t0) * NH * HD + (size_t)h * HD;
+                    size_t keys = kv + (size_t)first * stride;
+                    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)(T + 64));
+                    float *dp = p + (size_t)n * count;
+                    View datt_block = view(datt + outputs, (ptrdiff_t)NH * HD, 1);
+                    gemm_block(p, count, view(q + queries, stride, 1), view(k + keys, 1, stride), n, count, HD, OVERWRITE);
+                    gemm_block(dp, count, datt_block, view(v + keys, 1, stride), n, count, HD, OVERWRITE);
+                    for (int i = 0; i < n; i++) {
+                        float *p_row = p + (size_t)i * count, *dp_row = dp + (size_t)i * count;
+                        size_t out_row = outputs + (size_t)i * NH * HD;
+                        int from = start[row + t0 + i] - first, to = t0 + i + 1 - first;
+                        float back = dot(datt + out_row, att + out_row, HD);
+                        exp_row(p_row + from, p_row + from, scale, lse[(row * NH + (size_t)h * T) + t0 + i], to - from);
+                        for (int j = 0; j < from; j++) p_row[j] = dp_row[j] = 0;
+                        for (int j = from; j < to; j++) dp_row[j] = p_row[j] * (dp_row[j] - back) * scale;
+                        for (int j = to; j < count; j++) p_row[j] = dp_row[j] = 0;
+                    }
+                    gemm_block(dv + keys, stride, view(p, 1, count), datt_block, count, HD, n, ACCUMULATE);
+                    gemm_block(dq + queries, stride, view(dp, count, 1), view(k + keys, stride, 1), n, HD, count, OVERWRITE);
+                    gemm_block(dk + keys, stride, view(dp, 1, count), view(q + queries, stride, 1), count, HD, n, ACCUMULATE);
+                }
+        }
+}
+
+// A row of gate_up (N, 2 I) is [gate | up]; act (N, I) = silu(gate) * up, silu(x) = x * sigmoid(x) = x / (1 + exp(-x))
+void swiglu_forward(float *act, const float *gate_up, int N, int I) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *gate = gate_up + (size_t)n * 2 * I, *up = gate + I;
+        float *out = act + (size_t)n * I;
+        exp_row(out, gate, -1.0f, 0.0f, I);
+        for (int i = 0; i < I; i++) out[i] = gate[i] * up[i] / (1.0f + out[i]);
+    }
+}
+
+// dup = dact * silu(gate);  dgate = dact * up * silu'(gate), silu'(x) = s (1 + x (1 - s)) with s = sigmoid(x)
+void swiglu_backward(float *dgate_up, const float *dact, const float *gate_up, int N, int I) {
+    #pragma omp parallel for
+    for (int n = 0; n < N; n++) {
+        const float *gate = gate_up + (size_t)n * 2 * I, *up = gate + I, *d = dact + (size_t)n * I;
+        float *dgate = dgate_up + (size_t)n * 2 * I, *dup = dgate + I;
+        exp_row(dup, gate, -1.0f, 0.0f, I);
+        for (int i = 0; i < I; i++) {
+            float s = 1.0f / (1.0f + dup[i]);
+            dgate[i] = d[i] * up[i] * s * (1.0f + gate[i] * (1.0f - s));
+            dup[i] = d[i] * gate[i] * s;
+        }
+    }
+}
+
+// The classifier and its loss, CLASSIFIER_ROWS rows of logits at a time, so that (N, V) logits never exist together.
+//    logits = h head^T,   losses[n] = log(sum(exp(logits))) - logits[target] = -log p(target)
+// With dh, the gradient goes back at once: dlogits = (softmax - onehot(target)) * weights[n] * scale, in the place of logits, then
+//    dh (N, C) = dlogits head,   dhead (V, C) += dlogits^T h
+// Every task is this loss; tasks differ in the weights. dh = dhead = NULL computes the losses only.
+enum { CLASSIFIER_ROWS = 256 };
+void classifier(float *losses, float *dh, float *dhead, const float *h, const float *head, const int *targets, const float *weights,
+                float scale, float *logits, int N, int C, int V) {
+    for (int n0 = 0; n0 < N; n0 += CLASSIFIER_ROWS) {
+        int rows = N - n0 < CLASSIFIER_ROWS ? N - n0 : CLASSIFIER_ROWS;
+        const float *h_block = h + (size_t)n0 * C;
+        gemm(logits, V, view(h_block, C, 1), view(head, 1, C), rows, V, C, OVERWRITE);
+        #pragma omp parallel for
+        for (int i = 0; i < rows; i++) {
+            float *row = logits + (size_t)i * V, target_logit = row[targets[n0 + i]], max = row_max(row, V);
+            float sum = exp_row(row, row, 1.0f, max, V), w = dh ? weights[n0 + i] * scale : 0;
+            losses[n0 + i] = max + logf(sum) - target_logit;
+            if (!dh) continue;
+            for (int j = 0; j < V; j++) row[j] *= w / sum;
+            row[targets[n0 + i]] -= w;
+        }
+        if (!dh) continue;
+        gemm(dh + (size_t)n0 * C, C, view(logits, V, 1), view(head, C, 1), rows, C, V, OVERWRITE);
+        gemm(dhead, C, view(logits, 1, V), view(h_block, C, 1), V, C, rows, ACCUMULATE);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 5. Activations: what the forward pass leaves for the backward pass
+
+typedef struct {                 // of one layer
+    float *x;                    // (N, C)        the residual stream on entry
+    float *rstd1, *h1;           // (N), (N, C)   first norm
+    float *qkv;                  // (N, QKV)      queries, keys, values as the matrix gave them
+    float *q_rstd, *k_rstd;      // (N, NH), (N, NKV)   QK-norm
+    float *qk;                   // (N, QKV)      queries and keys after QK-norm and RoPE; without QK-norm this is qkv itself
+    float *lse, *att;            // (B, NH, T), (N, NH HD)
+    float *x_mid;                // (N, C)        the residual stream between attention and MLP
+    float *rstd2, *h2;           // (N), (N, C)   second norm
+    float *gate_up, *act;        // (N, 2 I), (N, I)
+} LayerActs;
+
+typedef struct {
+    LayerActs *layers;
+    float *x_last, *rstd, *h;    // (N, C), (N), (N, C)   after the last layer, final norm
+    float *logits, *losses;      // (CLASSIFIER_ROWS, V), (N)
+    float *dx, *dh;              // (N, C)        gradients: of the residual stream, of a norm's output
+    float *dqkv, *datt;          // (N, QKV), (N, NH HD)
+    float *dgate_up, *dact;      // (N, 2 I), (N, I)
+    int *positions;              // (N)           of each token in its document
+    float *memory;
+} Activations;
+
+// --recompute trades time for memory. A buffer whose level is reached is shared by all layers, and the backward pass fills it
+// again just before it needs it.
+typedef enum {
+    KEEP_ALL,
+    RECOMPUTE_CHEAP,             // outputs of norms and SwiGLU: no matrix multiplication is repeated
+    RECOMPUTE_LAYERS,            // keeps each layer's input only: a second forward pass, a third more time
+    KEEP_ALWAYS
+} Recompute;
+
+typedef struct { float *memory; size_t floats; } Cursor;         // memory NULL: only counts
+float *carve(Cursor *cursor, size_t floats) {
+    float *p = cursor->memory ? cursor->memory + cursor->floats : NULL;
+    cursor->floats += (floats + 15) / 16 * 16;                   // every buffer begins on a cache line
+    return p;
+}
+
+int qkv_width(const Config *c) { return (c->NH + 2 * c->NKV) * c->HD; }
+
+#define KEEP(field, level, size) acts->field = recompute >= (level) && l > 0 ? a->layers[0].field : carve(cursor, (size))
+void activations_layout(Activations *a, const Config *c, int B, int T, Recompute recompute, bool with_backward, Cursor *cursor) {
+    size_t N = (size_t)B * (size_t)T, C = (size_t)c->C, I = (size_t)c->I, att = (size_t)c->NH * (size_t)c->HD, QKV = (size_t)qkv_width(c);
+    for (int l = 0; l < c->L; l++) {
+        LayerActs *acts = &a->layers[l];
+        KEEP(x,       with_backward ? KEEP_ALWAYS : RECOMPUTE_LAYERS, N * C);
+        KEEP(rstd1,   RECOMPUTE_LAYERS, N);
+        KEEP(h1,      RECOMPUTE_CHEAP,  N * C);
+        KEEP(qkv,     RECOMPUTE_LAYERS, N * QKV);
+        KEEP(q_rstd,  RECOMPUTE_LAYERS, c->qk_norm ? N * (size_t)c->NH : 0);
+        KEEP(k_rstd,  RECOMPUTE_LAYERS, c->qk_norm ? N * (size_t)c->NKV : 0);
+        KEEP(qk,      RECOMPUTE_LAYERS, c->qk_norm ? N * QKV : 0);
+        KEEP(lse,     RECOMPUTE_LAYERS, N * (size_t)c->NH);
+        KEEP(att,     RECOMPUTE_LAYERS, N * att);
+        KEEP(x_mid,   RECOMPUTE_LAYERS, N * C);
+        KEEP(rstd2,   RECOMPUTE_LAYERS, N);
+        KEEP(h2,      RECOMPUTE_CHEAP,  N * C);
+        KEEP(gate_up, RECOMPUTE_LAYERS, N * 2 * I);
+        KEEP(act,     RECOMPUTE_CHEAP,  N * I);
+        if (!c->qk_norm) acts->qk = acts->qkv;
+    }
+    a->x_last = carve(cursor, N * C), a->rstd = carve(cursor, N), a->h = carve(cursor, N * C);
+    a->logits = carve(cursor, (N < CLASSIFIER_ROWS ? N : (size_t)CLASSIFIER_ROWS) * (size_t)c->V), a->losses = carve(cursor, N);
+    a->positions = (int *)carve(cursor, N);
+    if (!with_backward) return;
+    a->dx = carve(cursor, N * C), a->dh = carve(cursor, N * C);
+    a->dqkv = carve(cursor, N * QKV), a->datt = carve(cursor, N * att);
+    a->dgate_up = carve(cursor, N * 2 * I), a->dact = carve(cursor, N * I);
+}
+
+size_t activations_floats(const Config *c, int B, int T, Recompute recompute, bool with_backward) {
+    Activations a = {};
+    Cursor counting = {NULL, 0};
+    a.layers = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
+    activations_layout(&a, c, B, T, recompute, with_backward, &counting);
+    free(a.layers);
+    return counting.floats;
+}
+
+void activations_alloc(Activations *a, const Config *c, int B, int T, Recompute recompute, bool with_backward) {
+    Cursor cursor = {(float *)xmalloc(activations_floats(c, B, T, recompute, with_backward) * sizeof(float)), 0};
+    a->layers = (LayerActs *)xcalloc((size_t)c->L, sizeof(LayerActs));
+    a->memory = cursor.memory;
+    activations_layout(a, c, B, T, recompute, with_backward, &cursor);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 6. The model's forward and backward
+
+typedef struct {
+    Config config;
+    TensorTable table;
+    Params params, grads;
+    float *params_memory, *grads_memory, *m_memory, *v_memory;   // num_params each; the last three only while training
+    Activations acts;
+    int B, T;                        // room in acts
+    Recompute recompute;
+    float *rope;                     // (T, HD / 2, 2): cos, sin
+} Model;
+
+// x of the next layer = x + attention + MLP, leaving everything in acts. With a cache, the T tokens (of one sequence, B = 1) follow
+// those in the cache.
+void layer_forward(Model *m, int l, float *next_x, const int *start, int B, int T, KVCache *cache) {
+    const Config *c = &m->config;
+    const LayerParams *p = &m->params.layers[l];
+    LayerActs *a = &m->acts.layers[l];
+    int N = B * T, C = c->C, I = c->I, NH = c->NH, NKV = c->NKV, HD = c->HD, QKV = qkv_width(c);
+
+    rmsnorm_forward(a->h1, a->rstd1, a->x, p->norm1, N, 1, C, C, c->norm_eps);
+    matmul_forward(a->qkv, a->h1, p->wq, p->bq, N, C, QKV, OVERWRITE);               // wq and bq are Wqkv and bqkv
+    float *q = a->qk, *k = a->qk + NH * HD, *v = a->qkv + (NH + NKV) * HD;
+    if (c->qk_norm) {
+        rmsnorm_forward(q, a->q_rstd, a->qkv, p->q_norm, N, NH, HD, QKV, c->norm_eps);
+        rmsnorm_forward(k, a->k_rstd, a->qkv + NH * HD, p->k_norm, N, NKV, HD, QKV, c->norm_eps);
+    }
+    rope(q, m->acts.positions, m->rope, N, NH + NKV, HD, QKV, ROPE_FORWARD);         // queries and keys lie side by side
+    if (cache) attention_cached(a->att, q, k, v, cache, l, T, NH, NKV, HD, QKV);
+    else attention_forward(a->att, a->lse, q, k, v, start, B, T, NH, NKV, HD, QKV);
+    memcpy(a->x_mid, a->x, sizeof(float) * (size_t)N * (size_t)C);
+    matmul_forward(a->x_mid, a->att, p->wo, NULL, N, NH * HD, C, ACCUMULATE);
+
+    rmsnorm_forward(a->h2, a->rstd2, a->x_mid, p->norm2, N, 1, C, C, c->norm_eps);
+    matmul_forward(a->gate_up, a->h2, p->w_gate, NULL, N, C, 2 * I, OVERWRITE);      // w_gate is [Wgate; Wup]
+    swiglu_forward(a->act, a->gate_up, N, I);
+    memcpy(next_x, a->x_mid, sizeof(float) * (size_t)N * (size_t)C);
+    matmul_forward(next_x, a->act, p->w_down, NULL, N, I, C, ACCUMULATE);
+}
+
+// tokens, start (B, T) -> acts.h (B * T, C), from which the classifier goes on. start: see Batch.
+void model_forward(Model *m, const int *tokens, const int *start, int B, int T, KVCache *cache) {
+    const Config *c = &m->config;
+    Activations *a = &m->acts;
+    for (int n = 0; n < B * T; n++) a->positions[n] = cache ? cache->length + n : n % T - start[n];
+    embedding_forward(a->layers[0].x, tokens, m->params.wte, B * T, c->C);
+    for (int l = 0; l < c->L; l++) layer_forward(m, l, l + 1 < c->L ? a->layers[l + 1].x : a->x_last, start, B, T, cache);
+    rmsnorm_forward(a->h, a->rstd, a->x_last, m->params.norm, B * T, 1, c->C, c->C, c->norm_eps);
+}
+
+// acts.dx: gradient of x of layer l + 1 -> gradient of x of layer l; adds to the gradients of the layer's parameters.
+// The lines of layer_forward in reverse order.
+void layer_backward(Model *m, int l, const int *start, int B, int T) {
+    const Config *c = &m->config;
+    const LayerParams *p = &m->params.layers[l], *dp = &m->grads.layers[l];
+    const LayerActs *a = &m->acts.layers[l];
+    Activations *g = &m->acts;                                                       // holds the gradient buffers
+    int N = B * T, C = c->C, I = c->I, NH = c->NH, NKV = c->NKV, HD = c->HD, QKV = qkv_width(c);
+
+    if (m->recompute == RECOMPUTE_CHEAP) {
+        rmsnorm_forward(a->h1, a->rstd1, a->x, p->norm1, N, 1, C, C, c->norm_eps);
+        rmsnorm_forward(a->h2, a->rstd2, a->x_mid, p->norm2, N, 1, C, C, c->norm_eps);
+        swiglu_forward(a->act, a->gate_up, N, I);
+    } else if (m->recompute == RECOMPUTE_LAYERS) {
+        layer_forward(m, l, g->dh, start, B, T, NULL);                               // dh takes the output, which nobody needs
+    }
+
+    matmul_backward(g->dact, dp->w_down, NULL, g->dx, a->act, p->w_down, N, I, C);
+    swiglu_backward(g->dgate_up, g->dact, a->gate_up, N, I);
+    matmul_backward(g->dh, dp->w_gate, NULL, g->dgate_up, a->h2, p->w_gate, N, C, 2 * I);
+    rmsnorm_backward(g->dx, dp->norm2, g->dh, a->x_mid, p->norm2, a->rstd2, N, 1, C, C, ACCUMULATE);
+
+    float *dq = g->dqkv, *dk = dq + NH * HD, *dv = dk + NKV * HD;
+    matmul_backward(g->datt, dp->wo, NULL, g->dx, a->att, p->wo, N, NH * HD, C);
+    attention_backward(dq, dk, dv, g->datt, a->att, a->lse, a->qk, a->qk + NH * HD, a->qkv + (NH + NKV) * HD, start,
+                       B, T, NH, NKV, HD, QKV);
+    rope(dq, g->positions, m->rope, N, NH + NKV, HD, QKV, ROPE_BACKWARD);
+    if (c->qk_norm) {
+        rmsnorm_backward(dq, dp->q_norm, dq, a->qkv, p->q_norm, a->q_rstd, N, NH, HD, QKV, OVERWRITE);
+        rmsnorm_backward(dk, dp->k_norm, dk, a->qkv + NH * HD, p->k_norm, a->k_rstd, N, NKV, HD, QKV, OVERWRITE);
+    }
+    matmul_backward(g->dh, dp->wq, dp->bq, g->dqkv, a->h1, p->wq, N, C, QKV);
+    rmsnorm_backward(g->dx, dp->norm1, g->dh, a->x, p->norm1, a->rstd1, N, 1, C, C, ACCUMULATE);
+}
+
+// acts.dh (from the classifier) -> all gradients, added to m->grads.
+void model_backward(Model *m, const int *tokens, const int *start, int B, int T) {
+    const Config *c = &m->config;
+    Activations *a = &m->acts;
+    rmsnorm_backward(a->dx, m->grads.norm, a->dh, a->x_last, m->params.norm, a->rstd, B * T, 1, c->C, c->C, OVERWRITE);
+    for (int l = c->L - 1; l >= 0; l--) layer_backward(m, l, start, B, T);
+    embedding_backward(m->grads.wte, a->dx, tokens, B * T, c->C);
+}
+
+// Sum of weight * loss over rows of a batch. With TRAIN, also adds the gradient of `scale` times that sum to m->grads.
+typedef enum { EVALUATE, TRAIN } Pass;
+double model_loss(Model *m, const Batch *batch, int B, int T, float scale, Pass pass) {
+    Activations *a = &m->acts;
+    const Config *c = &m->config;
+    assert(B <= m->B && T <= m->T);
+    model_forward(m, batch->tokens, batch->start, B, T, NULL);
+    classifier(a->losses, pass == TRAIN ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale,
+               a->logits, B * T, c->C, c->V);
+    if (pass == TRAIN) model_backward(m, batch->tokens, batch->start, B, T);
+    double sum = 0;
+    for (int n = 0; n < B * T; n++) sum += (double)batch->weights[n] * (double)a->losses[n];
+    return sum;
+}
+
+// Parameters of the config's shape, not yet initialised.
+void model_alloc(Model *m, const Config *c) {
+    m->config = *c;
+    m->table = tensor_table(c);
+    m->params_memory = (float *)xmalloc(m->table.num_params * sizeof(float));
+    params_point(&m->params, c, m->params_memory);
+}
+
+// Room for (B, T) batches, and with TRAIN for gradients and AdamW's moments.
+void model_alloc_run(Model *m, int B, int T, Recompute recompute, Pass pass) {
+    m->B = B, m->T = T, m->recompute = recompute;
+    activations_alloc(&m->acts, &m->config, B, T, recompute, pass == TRAIN);
+    m->rope = (float *)xmalloc((size_t)T * (size_t)m->config.HD * sizeof(float));
+    rope_table(m->rope, T, m->config.HD, m->config.rope_base);
+    if (pass != TRAIN) return;
+    m->grads_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
+    m->m_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
+    m->v_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
+    params_point(&m->grads, &m->config, m->grads_memory);
+}
+
+void model_free(Model *m) {
+    free(m->params_memory), free(m->grads_memory), free(m->m_memory), free(m->v_memory), free(m->rope);
+    free(m->acts.memory), free(m->acts.layers), free(m->params.layers), free(m->grads.layers), free(m->table.list);
+    memset(m, 0, sizeof *m);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 7. AdamW, clipping, schedules
+
+// sqrt(sum of squares). Partial sums have fixed borders, so the result doesn't depend on the number of threads.
+double gradient_norm(const float *grads, size_t count) {
+    enum { PARTS = 4096 };
+    static double partial[PARTS];
+    size_t size = count / PARTS + 1;
+    #pragma omp parallel for
+    for (int part = 0; part < PARTS; part++) {
+        size_t end = (size_t)(part + 1) * size < count ? (size_t)(part + 1) * size : count;
+        double sum = 0;
+        for (size_t i = (size_t)part * size; i < end; i++) sum += (double)grads[i] * (double)grads[i];
+        partial[part] = sum;
+    }
+    double sum = 0;
+    for (int part = 0; part < PARTS; part++) sum += partial[part];
+    return sqrt(sum);
+}
+
+// AdamW (Loshchilov and Hutter 2019), step = 1, 2, ...:
+//    m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2         g: the gradient times grad_scale (clipping)
+//    p = p (1 - lr decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
+// Matrices decay, norms and biases don't. The gradients are set to zero for the next step.
+typedef struct { float lr, beta1, beta2, eps, weight_decay; } AdamW;
+void adamw_step(Model *model, const AdamW *o, float grad_scale, int64_t step) {
+    float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step)));
+    float correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
+    for (int k = 0; k < model->table.count; k++) {
+        const TensorInfo *t = &model->table.list[k];
+        float keep = 1.0f - (t->decay == DECAY ? o->lr * o->weight_decay : 0.0f);
+        float *params = model->params_memory, *grads = model->grads_memory, *ms = model->m_memory, *vs = model->v_memory;
+        #pragma omp parallel for simd
+        for (size_t i = t->offset; i < t->offset + t->rows * t->cols; i++) {
+            float g = grads[i] * grad_scale;
+            float m = ms[i] = o->beta1 * ms[i] + (1.0f - o->beta1) * g;
+            float v = vs[i] = o->beta2 * vs[i] + (1.0f - o->beta2) * g * g;
+            params[i] = params[i] * keep - o->lr * (m * correct1) / (sqrtf(v * correct2) + o->eps);
+            grads[i] = 0;
+        }
+    }
+}
+
+// The learning rate of step 1 .. steps. It rises linearly over `warmup` steps to `peak`, then follows the schedule down to
+// peak * floor at the last step. wsd (warm-up, stable, decay) stays at the peak and falls over the last fifth.
+typedef enum { COSINE, LINEAR, WSD, CONSTANT } Schedule;
+static const char *const SCHEDULE_NAMES[] = {"cosine", "linear", "wsd", "constant", NULL};
+double learning_rate(Schedule schedule, int64_t step, int64_t steps, int64_t warmup, double peak, double floor) {
+    if (step <= warmup) return peak * (double)step / (double)warmup;
+    double begin = schedule == WSD ? (double)warmup + 0.8 * (double)(steps - warmup) : (double)warmup;
+    double progress = ((double)step - begin) / ((double)steps - begin);              // 0 .. 1 over the decay
+    if (schedule == CONSTANT || progress <= 0) return peak;
+    if (progress > 1) progress = 1;
+    double high = schedule == COSINE ? 0.5 * (1 + cos(3.141592653589793 * progress)) : 1 - progress;
+    return peak * (floor + (1 - floor) * high);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 8. Checkpoints: Hugging Face directories
+//
+// A safetensors file is: 8 bytes, the length of a header; the header, JSON: {"name": {"dtype", "shape", "data_offsets"}, ...}; the data.
+
+typedef enum { F32, BF16, F16 } Dtype;
+static const char *const DTYPE_NAMES[] = {"F32", "BF16", "F16", NULL};
+size_t dtype_bytes(Dtype d) { return d == F32 ? 4 : 2; }
+
+uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
+uint16_t float_to_bf16(float x) {                                // rounds to nearest, ties to even
+    uint32_t bits = float_bits(x);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);            // NaN stays NaN
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+float f16_to_float(uint16_t h) {                                 // 1 sign, 5 exponent, 10 mantissa bits
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7FFF) << 13;
+    if ((h & 0x7C00) == 0x7C00) return bits_float(sign | 0x7F800000 | magnitude);    // infinity, NaN
+    return bits_float(sign | float_bits(bits_float(magnitude) * 5.192296858534828e33f));   // 2^112: the exponents' biases
+}
+
+typedef struct {
+    char *name, *path;               // path: the file it is in
+    Dtype dtype;
+    int num_dims;
+    size_t shape[4], elements, taken;            // taken: elements that load_tensors has read
+    uint64_t begin;                  // byte in the file
+} StoredTensor;
+typedef struct { StoredTensor *list; int count; } StoredTensors;
+
+int compare_begin(const void *a, const void *b) {
+    const StoredTensor *x = (const StoredTensor *)a, *y = (const StoredTensor *)b;
+    return x->begin < y->begin ? -1 : x->begin > y->begin;
+}
+
+// One tensor's entry in a header. data_bytes: how many bytes follow the header.
+StoredTensor stored_tensor(const Json *entry, const char *path, uint64_t data_begin, uint64_t data_bytes) {
+    StoredTensor t = {};
+    const Json *dtype = json_get(entry, "dtype"), *shape = json_get(entry, "shape"), *offsets = json_get(entry, "data_offsets");
+    CHECK(dtype && dtype->type == JSON_STRING && shape && shape->type == JSON_ARRAY && offsets && offsets->type == JSON_ARRAY,
+          "%s: the header's entry for %s lacks dtype, shape or data_offsets; the file is damaged", path, entry->key);
+    t.name = strdup(entry->key), t.path = strdup(path), t.elements = 1;
+    while (DTYPE_NAMES[t.dtype] && strcmp(DTYPE_NAMES[t.dtype], dtype->text) != 0) t.dtype = (Dtype)(t.dtype + 1);
+    CHECK(DTYPE_NAMES[t.dtype], "%s: tensor %s has dtype %s; this program reads F32, BF16 and F16", path, t.name, dtype->text);
+    for (const Json *d = shape->child; d; d = d->next) {
+        CHECK(d->type == JSON_NUMBER && d->number >= 0 && d->number < 1e12 && t.num_dims < 4,
+              "%s: tensor %s has a shape this program can't read", path, t.name);
+        t.shape[t.num_dims++] = (size_t)d->number;
+        t.elements *= (size_t)d->number;
+    }
+    const Json *first = offsets->child, *last = first ? first->next : NULL;
+    CHECK(last && first->number >= 0 && last->number >= first->number && last->number <= (double)data_bytes,
+          "%s: tensor %s ends at byte %.0f of the data, but only %" PRIu64 " are there; the file is truncated or damaged", path, t.name,
+          last ? last->number : 0.0, data_bytes);
+    CHECK((size_t)(last->number - first->number) == t.elements * dtype_bytes(t.dtype),
+          "%s: tensor %s has %zu elements but %.0f bytes of data; the file is damaged", path, t.name, t.elements, last->number - first->number);
+    t.begin = data_begin + (uint64_t)first->number;
+    return t;
+}
+
+// Adds the tensors of one file to the list.
+void safetensors_header(StoredTensors *s, const char *path) {
+    FILE *f = fopen(path, "rb");
+    CHECK(f != NULL, "cannot open %s: %s", path, strerror(errno));
+    struct stat st;
+    CHECK(fstat(fileno(f), &st) == 0, "cannot read %s: %s", path, strerror(errno));
+    uint64_t length = 0, size = (uint64_t)st.st_size;
+    CHECK(size >= 8 && fread(&length, 8, 1, f) == 1, "%s is %" PRIu64 " bytes: too short for a safetensors file", path, size);
+    CHECK(length <= size - 8, "%s: its header should be %" PRIu64 " bytes long, but the file has only %" PRIu64
+          "; it is truncated or not a safetensors file", path, length, size);
+    char *text = (char *)xmalloc(length + 1);
+    CHECK(fread(text, 1, length, f) == length, "cannot read %s: %s", path, strerror(errno));
+    fclose(f);
+    JsonError error = {};
+    Json *header = json_parse(text, length, &error);
+    CHECK(header && header->type == JSON_OBJECT, "%s: its header is not JSON (%s at byte %zu); the file is damaged", path,
+          error.message ? error.message : "not an object", error.position + 8);
+    int before = s->count;
+    for (const Json *entry = header->child; entry; entry = entry->next) {
+        if (strcmp(entry->key, "__metadata__") == 0) continue;
+        s->list = (StoredTensor *)xrealloc(s->list, (size_t)(s->count + 1) * sizeof(StoredTensor));
+        s->list[s->count++] = stored_tensor(entry, path, 8 + length, size - 8 - length);
+    }
+    qsort(s->list + before, (size_t)(s->count - before), sizeof(StoredTensor), compare_begin);
+    for (int i = before + 1; i < s->count; i++) {
+        const StoredTensor *a = &s->list[i - 1], *b = &s->list[i];
+        CHECK(a->begin + a->elements * dtype_bytes(a->dtype) <= b->begin, "%s: tensors %s and %s overlap; the file is damaged",
+              path, a->name, b->name);
+    }
+    json_free(header);
+    free(text);
+}
+
+Json *read_json(const char *path) {
+    size_t size;
+    char *text = read_file(path, &size);
+    JsonError error = {};
+    Json *json = json_parse(text, size, &error);
+    CHECK(json != NULL, "%s is not JSON: %s at byte %zu", path, error.message, error.position);
+    CHECK(json->type == JSON_OBJECT, "%s should hold a JSON object", path);
+    free(text);
+    return json;
+}
+
+// The tensors of directory/name.safetensors, or of the files which directory/name.safetensors.index.json lists.
+StoredTensors safetensors_open(const char *directory, const char *name) {
+    StoredTensors s = {NULL, 0};
+    const char *single = path_of("%s/%s.safetensors", directory, name);
+    if (file_exists(single)) {
+        safetensors_header(&s, single);
+        return s;
+    }
+    const char *index_path = path_of("%s/%s.safetensors.index.json", directory, name);
+    CHECK(file_exists(index_path), "%s holds neither %s.safetensors nor %s.safetensors.index.json", directory, name, name);
+    Json *index = read_json(index_path);
+    const Json *map = json_get(index, "weight_map");
+    CHECK(map && map->type == JSON_OBJECT, "%s lacks \"weight_map\"", index_path);
+    for (const Json *entry = map->child; entry; entry = entry->next) {
+        CHECK(entry->type == JSON_STRING && !strchr(entry->text, '/'), "%s: the file of %s is not a file name", index_path, entry->key);
+        bool seen = false;
+        for (const Json *e = map->child; e != entry && !seen; e = e->next) seen = strcmp(e->text, entry->text) == 0;
+        if (!seen) safetensors_header(&s, path_of("%s/%s", directory, entry->text));
+    }
+    json_free(index);
+    return s;
+}
+
+void safetensors_close(StoredTensors *s) {
+    for (int i = 0; i < s->count; i++) free(s->list[i].name), free(s->list[i].path);
+    free(s->list);
+}
+
+StoredTensor *safetensors_find(StoredTensors *s, const char *name) {
+    for (int i = 0; i < s->count; i++) if (strcmp(s->list[i].name, name) == 0) return &s->list[i];
+    return NULL;
+}
+
+// The next `count` elements of t as floats.
+void read_elements(StoredTensor *t, float *out, size_t count) {
+    static unsigned char chunk[1 << 18];
+    FILE *f = fopen(t->path, "rb");
+    size_t width = dtype_bytes(t->dtype);
+    CHECK(f && fseeko(f, (off_t)(t->begin + t->taken * width), SEEK_SET) == 0, "cannot read %s: %s", t->path, strerror(errno));
+    for (size_t done = 0, n; done < count; done += n) {
+        n = count - done < sizeof chunk / width ? count - done : sizeof chunk / width;
+        CHECK(fread(chunk, width, n, f) == n, "%s ends inside tensor %s", t->path, t->name);
+        const uint16_t *half = (const uint16_t *)chunk;
+        if (t->dtype == F32) memcpy(out + done, chunk, n * 4);
+        else for (size_t i = 0; i < n; i++) out[done + i] = t->dtype == BF16 ? bf16_to_float(half[i]) : f16_to_float(half[i]);
+    }
+    t->taken += count;
+    fclose(f);
+}
+
+// "[5]" or "[4,5]"; buffer has 64 characters.
+const char *shape_text(char *buffer, bool is_vector, size_t rows, size_t cols) {
+    if (is_vector) snprintf(buffer, 64, "[%zu]", rows * cols);
+    else snprintf(buffer, 64, "[%zu,%zu]", rows, cols);
+    return buffer;
+}
+
+// Reads every tensor of the table from s into `memory`. `prefix` stands before the names. Missing, extra and mis-shaped tensors are
+// errors, except what transformers itself ignores: a stored copy of a tied head, and buffers of RoPE and masks in old files.
+void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, float *memory, const char *prefix, bool v1_names) {
+    char name[128];
+    for (int k = 0; k < table->count; k++) {
+        const TensorInfo *t = &table->list[k];
+        const char *own = v1_names ? t->name_v1 : t->name;
+        snprintf(name, sizeof name, "%s%s", prefix, own);
+        StoredTensor *stored = safetensors_find(s, name);
+        CHECK(stored, "%s: tensor %s is missing; the weights don't belong to this config.json", from, name);
+        size_t rows = 0, elements = 0;                           // of all lines of the table that share the stored tensor
+        for (int j = 0; j < table->count; j++) {
+            const TensorInfo *other = &table->list[j];
+            if (j == k || (v1_names && strcmp(other->name_v1, own) == 0)) rows += other->rows, elements += other->rows * other->cols;
+        }
+        bool fits = t->is_vector ? stored->num_dims == 1 && stored->shape[0] == elements
+                                 : stored->num_dims == 2 && stored->shape[0] == rows && stored->shape[1] == t->cols;
+        char found[64], needed[64];
+        CHECK(fits, "%s: tensor %s has shape %s, config.json needs %s", from, name,
+              shape_text(found, stored->num_dims == 1, stored->shape[0], stored->num_dims == 1 ? 1 : stored->shape[1]),
+              shape_text(needed, t->is_vector, t->is_vector ? elements : rows, t->is_vector ? 1 : t->cols));
+        read_elements(stored, memory + t->offset, t->rows * t->cols);
+    }
+    for (int i = 0; i < s->count; i++) {
+        const StoredTensor *t = &s->list[i];
+        if (strncmp(t->name, prefix, strlen(prefix)) != 0) continue;
+        bool ignored = strstr(t->name, "rotary_emb.inv_freq") || strstr(t->name, ".masked_bias") || strcmp(t->name, "lm_head.weight") == 0;
+        CHECK(t->taken == t->elements || ignored, "%s: tensor %s is not part of this model; config.json and weights don't fit",
+              from, t->name);
+    }
+}
+
+void write_elements(FILE *f, const float *data, size_t count, Dtype dtype) {
+    static uint16_t chunk[1 << 16];
+    if (dtype == F32) fwrite(data, 4, count, f);
+    else for (size_t i = 0, n; i < count; i += n) {
+        n = count - i < (1 << 16) ? count - i : (1 << 16);
+        for (size_t j = 0; j < n; j++) chunk[j] = float_to_bf16(data[i + j]);
+        fwrite(chunk, 2, n, f);
+    }
+}
+
+// Writes one safetensors file: tensors [first, last) of the table from each block of memory, the block's prefix before their names.
+typedef struct { const char *prefix; const float *memory; } Block;
+void write_safetensors(const char *path, const TensorTable *table, int first, int last, const Block *blocks, int num_blocks, Dtype dtype) {
+    FILE *f = create_file(path);
+    size_t room = 256 * ((size_t)(last - first) * (size_t)num_blocks + 1), length = 0, offset = 0, width = dtype_bytes(dtype);
+    char *header = (char *)xmalloc(room), shape[64];
+    length += (size_t)snprintf(header, room, "{\"__metadata__\":{\"format\":\"pt\"}");
+    for (int b = 0; b < num_blocks; b++)
+        for (int k = first; k < last; k++) {
+            const TensorInfo *t = &table->list[k];
+            size_t end = offset + t->rows * t->cols * width;
+            length += (size_t)snprintf(header + length, room - length, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
+                                       blocks[b].prefix, t->name, DTYPE_NAMES[dtype], shape_text(shape, t->is_vector, t->rows, t->cols), offset, end);
+            offset = end;
+        }
+    length += (size_t)snprintf(header + length, room - length, "}");
+    while (length % 8 != 0) header[length++] = ' ';              // the data begins at a multiple of 8
+    uint64_t length64 = length;
+    fwrite(&length64, 8, 1, f);
+    fwrite(header, 1, length, f);
+    free(header);
+    for (int b = 0; b < num_blocks; b++)
+        for (int k = first; k < last; k++)
+            write_elements(f, blocks[b].memory + table->list[k].offset, table->list[k].rows * table->list[k].cols, dtype);
+    close_file(f, path);
+}
+
+// config.json -> Config. What this program cannot represent is refused by its key.
+double config_number(const Json *json, const char *path, const char *key) {
+    const Json *value = json_get(json, key);
+    CHECK(value != NULL, "%s lacks \"%s\"", path, key);
+    CHECK(value->type == JSON_NUMBER, "%s: \"%s\" should be a number", path, key);
+    return value->number;
+}
+int config_size(const Json *json, const char *path, const char *key) {
+    double value = config_number(json, path, key);
+    CHECK(value >= 1 && value <= (1 << 24) && value == floor(value), "%s: \"%s\" is %g, it should be a whole number from 1 to 2^24", path, key, value);
+    return (int)value;
+}
+bool config_true(const Json *json, const char *key) { const Json *value = json_get(json, key); return value && value->type == JSON_TRUE; }
+bool config_given(const Json *json, const char *key) { const Json *value = json_get(json, key); return value && value->type != JSON_NULL; }
+
+// Keys that change what the model computes in ways this program doesn't know.
+void config_refuse(const Json *json, const char *path) {
+    static const char *const unknown[] = {"quantization_config", "num_experts", "num_local_experts", "moe_intermediate_size", "vision_config", NULL};
+    for (int i = 0; unknown[i]; i++)
+        CHECK(!config_given(json, unknown[i]), "%s: \"%s\" is not supported; this program trains dense, unquantised Qwen models", path, unknown[i]);
+    CHECK(!config_true(json, "use_sliding_window"), "%s: \"use_sliding_window\" is true; sliding-window attention is not supported", path);
+    const Json *layer_types = json_get(json, "layer_types");
+    for (const Json *type = layer_types ? layer_types->child : NULL; type; type = type->next)
+        CHECK(type->type == JSON_STRING && strcmp(type->text, "full_attention") == 0,
+              "%s: \"layer_types\" holds %s; only full_attention is supported", path, type->text ? type->text : "no name");
+    const char *const scaling_keys[] = {"rope_scaling", "rope_parameters"};
+    for (int i = 0; i < 2; i++) {
+        const Json *scaling = json_get(json, scaling_keys[i]), *type = json_get(scaling, "rope_type");
+        if (!type) type = json_get(scaling, "type");
+        bool plain = !scaling || scaling->type == JSON_NULL || (type ? type->type == JSON_STRING && strcmp(type->text, "default") == 0 : i == 1);
+        CHECK(plain, "%s: \"%s\" of type %s is not supported; set it to null to train within the original length", path, scaling_keys[i],
+              type && type->text ? type->text : "unknown");
+    }
+    const Json *activation = json_get(json, "hidden_act");
+    CHECK(!activation || (activation->type == JSON_STRING && strcmp(activation->text, "silu") == 0), "%s: \"hidden_act\" is not silu", path);
+}
+
+Config config_load(const char *path, bool *v1_names) {
+    Json *json = read_json(path);
+    const Json *type = json_get(json, "model_type");
+    CHECK(type && type->type == JSON_STRING, "%s lacks \"model_type\"", path);
+    bool v1 = strcmp(type->text, "qwen") == 0, v2 = strcmp(type->text, "qwen2") == 0, v3 = strcmp(type->text, "qwen3") == 0;
+    CHECK(v1 || v2 || v3, "%s: \"model_type\" is %s; this program trains qwen, qwen2 and qwen3", path, type->text);
+    config_refuse(json, path);
+    Config c = {};
+    c.V = config_size(json, path, "vocab_size"), c.C = config_size(json, path, "hidden_size"), c.I = config_size(json, path, "intermediate_size");
+    c.L = config_size(json, path, "num_hidden_layers"), c.NH = config_size(json, path, "num_attention_heads");
+    c.tied = config_true(json, "tie_word_embeddings"), c.qkv_bias = v1 || v2, c.qk_norm = v3;
+    if (v1) {                                                    // intermediate_size counts both w1 and w2
+        CHECK(c.I % 2 == 0, "%s: \"intermediate_size\" is %d, it should be even", path, c.I);
+        c.I /= 2, c.NKV = c.NH, c.HD = config_size(json, path, "kv_channels"), c.max_T = config_size(json, path, "seq_length");
+        c.norm_eps = (float)config_number(json, path, "layer_norm_epsilon"), c.rope_base = (float)config_number(json, path, "rotary_emb_base");
+        const Json *no_bias = json_get(json, "no_bias"), *rotary = json_get(json, "rotary_pct");
+        CHECK(!no_bias || no_bias->type == JSON_TRUE, "%s: \"no_bias\" is not true; other biases than QKV's are not supported", path);
+        CHECK(!rotary || rotary->number == 1.0, "%s: \"rotary_pct\" is not 1; partial rotary embeddings are not supported", path);
+    } else {
+        const Json *rope = json_get(json, "rope_parameters");    // transformers 5 moved rope_theta there
+        c.NKV = config_size(json, path, "num_key_value_heads"), c.max_T = config_size(json, path, "max_position_embeddings");
+        c.norm_eps = (float)config_number(json, path, "rms_norm_eps");
+        c.rope_base = (float)config_number(json_get(rope, "rope_theta") ? rope : json, path, "rope_theta");
+        if (config_given(json, "head_dim")) c.HD = config_size(json, path, "head_dim");
+        else CHECK(v2 && c.C % c.NH == 0, "%s lacks \"head_dim\"", path);
+        if (!c.HD) c.HD = c.C / c.NH;
+        CHECK(!v3 || !config_true(json, "attention_bias"), "%s: \"attention_bias\" is true; it is not supported for qwen3", path);
+    }
+    CHECK(c.NH % c.NKV == 0, "%s: \"num_attention_heads\" (%d) is not a multiple of \"num_key_value_heads\" (%d)", path, c.NH, c.NKV);
+    CHECK(c.HD % 2 == 0, "%s: the head size is %d; RoPE needs an even number", path, c.HD);
+    CHECK(c.norm_eps > 0 && c.rope_base > 1, "%s: the norm's epsilon (%g) and RoPE's base (%g) must be positive", path, c.norm_eps, c.rope_base);
+    if (v1_names) *v1_names = v1;
+    json_free(json);
+    return c;
+}
+
+// The same for transformers: a model with QK-norm is a qwen3, every other a qwen2 (Qwen v1 included: the arithmetic is equal).
+void config_save(const Config *c, const char *path, Dtype dtype, int end_id) {
+    FILE *f = create_file(path);
+    const char *dtype_name = dtype == BF16 ? "bfloat16" : "float32";
+    fprintf(f, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", c->qk_norm ? "Qwen3ForCausalLM" : "Qwen2ForCausalLM",
+            c->qk_norm ? "qwen3" : "qwen2");
+    fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->V, c->C, c->I, c->L);
+    fprintf(f, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->NH, c->NKV, c->HD);
+    fprintf(f, "  \"max_position_embeddings\": %d,\n  \"rope_theta\": %.9g,\n  \"rms_norm_eps\": %.9g,\n", c->max_T, c->rope_base, c->norm_eps);
+    fprintf(f, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": %s,\n  \"attention_dropout\": 0.0,\n  \"use_sliding_window\": false,\n",
+            c->qkv_bias ? "true" : "false");
+    fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"initializer_range\": 0.02,\n  \"use_cache\": true,\n  \"torch_dtype\": \"%s\",\n",
+            c->tied ? "true" : "false", dtype_name);
+    fprintf(f, "  \"eos_token_id\": %d\n}\n", end_id);
+    close_file(f, path);
+}
+
+// Weights of a Hugging Face directory, in fp32, whatever they are stored in.
+void model_load(Model *m, const char *directory) {
+    bool v1;
+    Config c = config_load(path_of("%s/config.json", directory), &v1);
+    if (!m->params_memory) model_alloc(m, &c);
+    CHECK(memcmp(&c, &m->config, sizeof c) == 0, "%s holds a model of another shape", directory);
+    StoredTensors stored = safetensors_open(directory, "model");
+    load_tensors(&stored, directory, &m->table, m->params_memory, "", v1);
+    safetensors_close(&stored);
+}
+
+// model.safetensors, or above 5 GB several files and their index, as transformers writes them.
+void model_save(const Model *m, const char *directory, Dtype dtype) {
+    const size_t most = 5000000000u;
+    const TensorTable *t = &m->table;
+    Block block = {"", m->params_memory};
+    if (t->num_params * dtype_bytes(dtype) <= most) {
+        write_safetensors(path_of("%s/model.safetensors", directory), t, 0, t->count, &block, 1, dtype);
+        return;
+    }
+    int num_files = 0;
+    int *file_of = (int *)xmalloc((size_t)t->count * sizeof(int));
+    size_t bytes = most;
+    for (int k = 0; k < t->count; k++) {
+        size_t size = t->list[k].rows * t->list[k].cols * dtype_bytes(dtype);
+        if (bytes + size > most) num_files++, bytes = 0;
+        bytes += size, file_of[k] = num_files;
+    }
+    const char *index_path = path_of("%s/model.safetensors.index.json", directory);
+    FILE *index = create_file(index_path);
+    fprintf(index, "{\"metadata\":{\"total_size\":%zu},\"weight_map\":{", t->num_params * dtype_bytes(dtype));
+    for (int k = 0, first = 0; k < t->count; k++) {
+        char name[64];
+        snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", file_of[k], num_files);
+        fprintf(index, "%s\n\"%s\":\"%s\"", k ? "," : "", t->list[k].name, name);
+        if (k + 1 < t->count && file_of[k + 1] == file_of[k]) continue;
+        write_safetensors(path_of("%s/%s", directory, name), t, first, k + 1, &block, 1, dtype);
+        first = k + 1;
+    }
+    fprintf(index, "}}\n");
+    close_file(index, index_path);
+    free(file_of);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 9. Sampling
+
+// Room for a sequence of at most T tokens; prompts are processed PROMPT_CHUNK tokens at a time.
+enum { PROMPT_CHUNK = 256 };
+KVCache cache_alloc(const Config *c, int T) {
+    size_t floats = (size_t)c->L * (size_t)T * (size_t)(c->NKV * c->HD);
+    KVCache cache = {(float *)xmalloc(floats * sizeof(float)), (float *)xmalloc(floats * sizeof(float)),
+                     (int *)xcalloc(PROMPT_CHUNK, sizeof(int)), T, 0};
+    return cache;
+}
+void cache_free(KVCache *cache) { free(cache->k), free(cache->v), free(cache->zeros); }
+
+// Appends tokens to the sequence in the cache. Returns the logits (V) after the last one, valid until the model is used again.
+float *model_decode(Model *m, KVCache *cache, const int *tokens, int count) {
+    const Config *c = &m->config;
+    int chunk_rows = m->B * m->T < PROMPT_CHUNK ? m->B * m->T : PROMPT_CHUNK, last = 0;
+    assert(count > 0 && cache->length + count <= cache->capacity && cache->capacity <= m->T);
+    for (int done = 0; done < count; done += last, cache->length += last) {
+        last = count - done < chunk_rows ? count - done : chunk_rows;
+        model_forward(m, tokens + done, NULL, 1, last, cache);
+    }
+    matmul_forward(m->acts.logits, m->acts.h + (size_t)(last - 1) * c->C, m->params.head, NULL, 1, c->C, c->V, OVERWRITE);
+    return m->acts.logits;
+}
+
+typedef struct { float probability; int id; } Candidate;
+int compare_candidates(const void *a, const void *b) {           // falling probability, then rising id
+    const Candidate *x = (const Candidate *)a, *y = (const Candidate *)b;
+    if (x->probability != y->probability) return x->probability > y->probability ? -1 : 1;
+    return x->id - y->id;
+}
+
+typedef struct { double temperature, top_p; int64_t top_k; bool greedy; } Sampler;       // top_k 0: all
+
+// Chooses one of the first `count` ids: softmax(logits / temperature), cut to the top_k most likely ones and to the smallest set
+// whose probability reaches top_p; `coin` in [0, 1) picks from what is left. Overwrites the logits.
+int sample(float *logits, int count, const Sampler *s, double coin) {
+    int best = 0;
+    for (int i = 1; i < count; i++) if (logits[i] > logits[best]) best = i;
+    if (s->greedy || s->temperature <= 0) return best;
+    float scale = (float)(1.0 / s->temperature), sum = exp_row(logits, logits, scale, logits[best] * scale, count);
+    static Candidate *candidates;
+    static int room;
+    if (room < count) candidates = (Candidate *)xrealloc(candidates, (size_t)(room = count) * sizeof(Candidate));
+    // What is less likely than (1 - top_p) / count each cannot be in the set: leaving it out makes sorting short.
+    float least = s->top_p < 1 ? (float)((1 - s->top_p) / count) * sum : 0;
+    int n = 0;
+    for (int i = 0; i < count; i++)
+        if (logits[i] >= least) candidates[n].probability = logits[i], candidates[n++].id = i;
+    qsort(candidates, (size_t)n, sizeof(Candidate), compare_candidates);
+    double reached = 0, all = (double)sum;
+    int kept = 0;
+    if (s->top_k > 0 && s->top_k < n) {
+        n = (int)s->top_k, all = 0;
+        for (int i = 0; i < n; i++) all += (double)candidates[i].probability;
+    }
+    while (kept < n && (kept == 0 || reached < s->top_p * all)) reached += (double)candidates[kept++].probability;
+    double aim = coin * reached;
+    for (int i = 0; i < kept - 1; i++) {
+        aim -= (double)candidates[i].probability;
+        if (aim < 0) return candidates[i].id;
+    }
+    return candidates[kept - 1].id;
+}
+
+// Continues `tokens` by at most max_tokens sampled ones, through `emit`, until an end token. Returns how many were made.
+typedef void (*Emit)(void *context, int id);
+int generate(Model *m, const Tokenizer *tokenizer, const int *tokens, int count, int max_tokens, const Sampler *sampler, uint64_t seed,
+             Emit emit, void *context) {
+    int room = m->T - count, made = 0, ids = tokenizer->vocab_size < m->config.V ? tokenizer->vocab_size : m->config.V;
+    KVCache cache = cache_alloc(&m->config, m->T);
+    float *logits = model_decode(m, &cache, tokens, count);
+    while (made < max_tokens && made < room) {
+        for (int id = tokenizer->num_ranks; id < ids; id++) {    // never an id without a token
+            size_t len;
+            tokenizer_bytes(tokenizer, (uint32_t)id, &len);
+            if (len == 0) logits[id] = -INFINITY;
+        }
+        int id = sample(logits, ids, sampler, random_uniform(seed, (uint64_t)made));
+        made++;
+        if (id == tokenizer->im_end || id == tokenizer->endoftext) break;
+        emit(context, id);
+        if (made < max_tokens && made < room) logits = model_decode(m, &cache, &id, 1);
+    }
+    cache_free(&cache);
+    return made;
+}
+
+// An Emit that prints text as it comes, whole characters only.
+typedef struct { const Tokenizer *tokenizer; Utf8Stream stream; FILE *to; } Printer;
+void print_token(void *context, int id) {
+    Printer *p = (Printer *)context;
+    char text[1024];
+    size_t len;
+    const char *bytes = tokenizer_bytes(p->tokenizer, (uint32_t)id, &len);
+    fwrite(text, 1, utf8_stream(&p->stream, bytes, len, text), p->to);
+    fflush(p->to);
+}
+void print_id(void *context, int id) { fprintf((FILE *)context, "%d ", id); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 10. Options: one table says how they are read, explained and remembered
+
+typedef enum { OPTION_INT, OPTION_FLOAT, OPTION_STRING, OPTION_FLAG, OPTION_CHOICE } OptionType;
+typedef struct {
+    const char *name;                // without the two dashes
+    unsigned commands;               // bit mask: which commands know it
+    OptionType type;
+    void *value;                     // int64_t, double, const char *, bool, int
+    double least;                    // smallest value of numbers
+    const char *const *choices;      // NULL-terminated; for OPTION_CHOICE
+    const char *meaning;
+} Option;                            // a table ends with a name of NULL
+
+// The value as text, as it would be given.
+const char *option_text(const Option *o, char *buffer, size_t size) {
+    if (o->type == OPTION_INT) snprintf(buffer, size, "%" PRId64, *(int64_t *)o->value);
+    else if (o->type == OPTION_FLOAT) snprintf(buffer, size, "%g", *(double *)o->value);
+    else if (o->type == OPTION_STRING) snprintf(buffer, size, "%s", *(const char **)o->value);
+    else if (o->type == OPTION_FLAG) snprintf(buffer, size, "%s", *(bool *)o->value ? "on" : "off");
+    else snprintf(buffer, size, "%s", o->choices[*(int *)o->value]);
+    return buffer;
+}
+
+void print_options(const Option *table, unsigned command) {
+    for (const Option *o = table; o->name; o++) {
+        if (!(o->commands & command)) continue;
+        char text[64], left[96];
+        snprintf(left, sizeof left, "--%s%s", o->name, o->type == OPTION_FLAG ? "" : o->type == OPTION_STRING ? " X" : " N");
+        if (o->type == OPTION_CHOICE) {
+            snprintf(left, sizeof left, "--%s ", o->name);
+            for (int i = 0; o->choices[i]; i++) snprintf(left + strlen(left), sizeof left - strlen(left), "%s%s", i ? "|" : "", o->choices[i]);
+        }
+        printf("  %-42s %s", left, o->meaning);
+        if (o->type != OPTION_FLAG && option_text(o, text, sizeof text)[0]) printf(" (%s)", text);
+        printf("\n");
+    }
+}
+
+int edit_distance(const char *a, const char *b) {                // Levenshtein, for short words
+    int row[64], la = (int)strlen(a), lb = (int)strlen(b);
+    if (la > 60 || lb > 60) return 100;
+    for (int j = 0; j <= lb; j++) row[j] = j;
+    for (int i = 1; i <= la; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (int j = 1; j <= lb; j++) {
+            int best = diagonal + (a[i - 1] != b[j - 1]);
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (row[j - 1] + 1 < best) best = row[j - 1] + 1;
+            diagonal = row[j], row[j] = best;
+        }
+    }
+    return row[lb];
+}
+
+const Option *find_option(const Option *table, unsigned command, const char *name) {
+    const Option *nearest = NULL;
+    int least = 1000;
+    for (const Option *o = table; o->name; o++) {
+        if (!(o->commands & command)) continue;
+        if (strcmp(o->name, name) == 0) return o;
+        int distance = edit_distance(name, o->name);
+        if (distance < least) least = distance, nearest = o;
+    }
+    DIE("unknown option --%s; did you mean --%s? --help lists all", name, nearest ? nearest->name : "help");
+}
+
+void set_option(const Option *o, const char *text) {
+    char *end = NULL;
+    double number = 0;
+    if (o->type == OPTION_INT || o->type == OPTION_FLOAT) {
+        number = strtod(text, &end);
+        CHECK(end != text && *end == 0 && isfinite(number), "--%s needs a number, not '%s'", o->name, text);
+        CHECK(number >= o->least, "--%s is %s, it must be at least %g", o->name, text, o->least);
+    }
+    if (o->type == OPTION_INT) {
+        CHECK(number == floor(number) && fabs(number) < 9e15, "--%s needs a whole number, not '%s'", o->name, text);
+        *(int64_t *)o->value = (int64_t)number;
+    } else if (o->type == OPTION_FLOAT) {
+        *(double *)o->value = number;
+    } else if (o->type == OPTION_STRING) {
+        *(const char **)o->value = text;
+    } else if (o->type == OPTION_CHOICE) {
+        int i = 0;
+        while (o->choices[i] && strcmp(o->choices[i], text) != 0) i++;
+        char all[128] = "";
+        for (int k = 0; o->choices[k]; k++) snprintf(all + strlen(all), sizeof all - strlen(all), "%s%s", k ? ", " : "", o->choices[k]);
+        CHECK(o->choices[i], "--%s is '%s', it must be one of %s", o->name, text, all);
+        *(int *)o->value = i;
+    }
+}
+
+// Reads --name value, --name=value and flags from argv[first] on. Words without dashes are collected in `words` (may be NULL: then
+// they are errors); returns how many.
+int parse_options(const Option *table, unsigned command, int argc, char **argv, int first, const char **words) {
+    int num_words = 0;
+    for (int i = first; i < argc; i++) {
+        if (strncmp(argv[i], "--", 2) != 0) {
+            CHECK(words != NULL, "'%s' is not an option; options begin with --, --help lists them", argv[i]);
+            words[num_words++] = argv[i];
+            continue;
+        }
+        char name[64];
+        const char *equals = strchr(argv[i], '=');
+        int length = equals ? (int)(equals - argv[i]) - 2 : (int)strlen(argv[i]) - 2;
+        snprintf(name, sizeof name, "%.*s", length < 63 ? length : 63, argv[i] + 2);
+        const Option *o = find_option(table, command, name);
+        if (o->type == OPTION_FLAG) {
+            CHECK(!equals, "--%s is a flag and takes no value", name);
+            *(bool *)o->value = true;
+        } else {
+            CHECK(equals || i + 1 < argc, "--%s needs a value; --help explains it", name);
+            set_option(o, equals ? equals + 1 : argv[++i]);
+        }
+    }
+    return num_words;
+}
+
+enum { COMMAND_TRAIN = 1, COMMAND_GENERATE = 2, COMMAND_INFO = 4 };
+static const char *const ON_OFF_AUTO[] = {"auto", "on", "off", NULL}, *const SAVE_DTYPES[] = {"fp32", "bf16", NULL};
+static const char *const TRAIN_TASKS[] = {"pretrain", "sft", NULL};
+
+// 0 or "" where a comment says auto: resolve_options replaces it by what fits the model and the data.
+static struct {
+    const char *model, *data, *val, *out, *prompt;
+    int task, schedule, save_dtype, doc_mask;
+    int64_t steps, epochs, batch, seq, accum, total_batch, warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed, recompute, log_every;
+    int64_t max_tokens, top_k;
+    double lr, min_lr, weight_decay, beta1, beta2, eps, clip, temperature, top_p;
+    bool resume, greedy, ids, json;
+} opt = {
+    "", "", "", "out", "",
+    TASK_PRETRAIN, COSINE, F32, 0,
+    0, 1, 16, 256, 1, 0, -1, 100, 65536, 100, 0, 2, 1337, KEEP_ALL, 10,
+    128, 0,
+    0, 0.1, 0.1, 0.9, 0.95, 1e-8, 1.0, 0.8, 0.9,
+    false, false, false, false,
+};
+
+#define T_ COMMAND_TRAIN
+#define G_ COMMAND_GENERATE
+#define I_ COMMAND_INFO
+static const Option OPTIONS[] = {
+    {"model",        T_|G_|I_, OPTION_STRING, &opt.model,        0, NULL, "a preset's name, a Hugging Face directory, or a run's --out directory"},
+    {"data",         T_,       OPTION_STRING, &opt.data,         0, NULL, "training tokens: a file, a 'pattern*.bin', or a directory with train*.bin"},
+    {"val",          T_,       OPTION_STRING, &opt.val,          0, NULL, "validation tokens; default: val*.bin where --data is a directory"},
+    {"out",          T_,       OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs go into this directory"},
+    {"task",         T_,       OPTION_CHOICE, &opt.task,         0, TRAIN_TASKS, "what the data was prepared for"},
+    {"steps",        T_,       OPTION_INT,    &opt.steps,        0, NULL, "updates; 0: as many as --epochs have"},
+    {"epochs",       T_,       OPTION_INT,    &opt.epochs,       1, NULL, "passes over the data"},
+    {"batch",        T_|I_,    OPTION_INT,    &opt.batch,        1, NULL, "rows of a micro-batch"},
+    {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
+    {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
+    {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak learning rate; 0: 2e-3 for tiny, 1e-5 from a checkpoint, else 1e-4"},
+    {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
+    {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 % of them, at most 1000"},
+    {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
+    {"weight-decay", T_,       OPTION_FLOAT,  &opt.weight_decay, 0, NULL, "AdamW's decay of matrices; norms and biases have none"},
+    {"beta1",        T_,       OPTION_FLOAT,  &opt.beta1,        0, NULL, "AdamW's mean of gradients"},
+    {"beta2",        T_,       OPTION_FLOAT,  &opt.beta2,        0, NULL, "AdamW's mean of their squares"},
+    {"eps",          T_,       OPTION_FLOAT,  &opt.eps,          0, NULL, "AdamW's epsilon"},
+    {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
+    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_AUTO, "attention stops at document borders; auto: on except for pretraining"},
+    {"recompute",    T_|I_,    OPTION_INT,    &opt.recompute,    0, NULL, "memory for time: 0 keep all activations, 1 not norms and SwiGLU, 2 layer inputs only"},
+    {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
+    {"eval-tokens",  T_,       OPTION_INT,    &opt.eval_tokens,  1, NULL, "at most so many tokens of the validation data"},
+    {"sample-every", T_,       OPTION_INT,    &opt.sample_every, 0, NULL, "print a sample every so many updates, and three at the end; 0: never"},
+    {"save-every",   T_,       OPTION_INT,    &opt.save_every,   0, NULL, "checkpoint every so many updates, and at the end; 0: only there"},
+    {"keep",         T_,       OPTION_INT,    &opt.keep,         0, NULL, "checkpoints to keep; older ones are deleted after a save; 0: all"},
+    {"save-dtype",   T_,       OPTION_CHOICE, &opt.save_dtype,   0, SAVE_DTYPES, "number format of saved weights"},
+    {"resume",       T_,       OPTION_FLAG,   &opt.resume,       0, NULL, "go on from the newest checkpoint in --out"},
+    {"log-every",    T_,       OPTION_INT,    &opt.log_every,    1, NULL, "print every so many updates (log.jsonl holds all)"},
+    {"prompt",       G_,       OPTION_STRING, &opt.prompt,       0, NULL, "text to continue; default: standard input. <|im_start|> and the like are special"},
+    {"max-tokens",   G_,       OPTION_INT,    &opt.max_tokens,   1, NULL, "stop after so many tokens"},
+    {"greedy",       G_,       OPTION_FLAG,   &opt.greedy,       0, NULL, "always take the most likely token"},
+    {"temperature",  G_,       OPTION_FLOAT,  &opt.temperature,  0, NULL, "below 1 plays safe, above 1 is adventurous"},
+    {"top-k",        G_,       OPTION_INT,    &opt.top_k,        0, NULL, "only the k most likely tokens; 0: all"},
+    {"top-p",        G_,       OPTION_FLOAT,  &opt.top_p,        0, NULL, "only the likely tokens that together reach this probability"},
+    {"ids",          G_,       OPTION_FLAG,   &opt.ids,          0, NULL, "print token ids instead of text"},
+    {"seed",         T_|G_,    OPTION_INT,    &opt.seed,         0, NULL, "of initialisation, data order and sampling"},
+    {"json",         I_,       OPTION_FLAG,   &opt.json,         0, NULL, "machine-readable"},
+    {NULL, 0, OPTION_FLAG, NULL, 0, NULL, NULL},
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 11. A run: its directory, logs, checkpoints, evaluation, samples
+
+// TensorBoard's event file: records of (length, crc, data, crc), each datum a protobuf message Event, written by hand.
+// Field numbers: Event 1 wall_time, 2 step, 3 file_version, 5 summary; Summary 1 value; Value 1 tag, 2 simple_value.
+uint32_t masked_crc32c(const unsigned char *data, size_t bytes) {
+    uint32_t crc = 0xFFFFFFFFu;
+    for (size_t i = 0; i < bytes; i++) {
+        crc ^= data[i];
+        for (int bit = 0; bit < 8; bit++) crc = crc >> 1 ^ (crc & 1 ? 0x82F63B78u : 0);      // Castagnoli's polynomial, reversed
+    }
+    crc = ~crc;
+    return ((crc >> 15) | (crc << 17)) + 0xA282EAD8u;
+}
+
+void event_write(FILE *f, const unsigned char *event, size_t bytes) {
+    uint64_t length = bytes;
+    uint32_t crc = masked_crc32c((const unsigned char *)&length, 8);
+    fwrite(&length, 8, 1, f), fwrite(&crc, 4, 1, f), fwrite(event, 1, bytes, f);
+    crc = masked_crc32c(event, bytes);
+    fwrite(&crc, 4, 1, f), fflush(f);
+}
+
+size_t event_begin(unsigned char *event) {                       // wall_time
+    double seconds = (double)time(NULL);
+    event[0] = 1 << 3 | 1;
+    memcpy(event + 1, &seconds, 8);
+    return 9;
+}
+
+void event_scalar(FILE *f, const char *tag, int64_t step, double value) {
+    unsigned char event[160];
+    size_t n = event_begin(event), tag_bytes = strlen(tag);
+    float number = (float)value;
+    event[n++] = 2 << 3 | 0;
+    uint64_t varint = (uint64_t)step;
+    for (; varint >= 128; varint >>= 7) event[n++] = (unsigned char)(varint | 128);
+    event[n++] = (unsigned char)varint;
+    event[n++] = 5 << 3 | 2, event[n++] = (unsigned char)(tag_bytes + 9);                    // Summary
+    event[n++] = 1 << 3 | 2, event[n++] = (unsigned char)(tag_bytes + 7);                    // Value
+    event[n++] = 1 << 3 | 2, event[n++] = (unsigned char)tag_bytes;
+    memcpy(event + n, tag, tag_bytes), n += tag_bytes;
+    event[n++] = 2 << 3 | 5, memcpy(event + n, &number, 4), n += 4;
+    event_write(f, event, n);
+}
+
+typedef struct { FILE *json, *events; } Log;                     // out/log.jsonl and out/events.out.tfevents.*
+
+// With resume_step > 0 the lines of later steps, from before a crash, are dropped.
+Log log_open(const char *out, int64_t resume_step) {
+    const char *path = path_of("%s/log.jsonl", out);
+    if (resume_step > 0 && file_exists(path)) {
+        char *text = read_file(path, NULL);
+        AtomicFile a = open_atomic(path);
+        for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
+            const char *step = strstr(line, "\"step\":");
+            if (step && atoll(step + 7) <= resume_step) fprintf(a.file, "%s\n", line);
+        }
+        close_atomic(&a);
+        free(text);
+    }
+    Log log = {fopen(path, "a"), NULL};
+    CHECK(log.json != NULL, "cannot write %s: %s", path, strerror(errno));
+    char host[64] = "host";
+    gethostname(host, sizeof host - 1);
+    path = path_of("%s/events.out.tfevents.%lld.%s", out, (long long)time(NULL), host);
+    log.events = fopen(path, "wb");
+    CHECK(log.events != NULL, "cannot write %s: %s", path, strerror(errno));
+    unsigned char event[64];
+    size_t n = event_begin(event);
+    event[n++] = 3 << 3 | 2, event[n++] = 13, memcpy(event + n, "brain.Event:2", 13);
+    event_write(log.events, event, n + 13);
+    return log;
+}
+
+// The newest step_* below a run's directory, or NULL. Names have equal lengths, so the last in order is the newest.
+typedef struct { char **names; int count; } Names;
+Names list_checkpoints(const char *out) {
+    Names found = {NULL, 0};
+    DIR *directory = opendir(out);
+    for (struct dirent *entry; directory && (entry = readdir(directory));) {
+        if (strncmp(entry->d_name, "step_", 5) != 0 || strlen(entry->d_name) != 13) continue;
+        found.names = (char **)xrealloc(found.names, (size_t)(found.count + 1) * sizeof(char *));
+        found.names[found.count++] = strdup(entry->d_name);
+    }
+    if (directory) closedir(directory);
+    qsort(found.names, (size_t)found.count, sizeof(char *), compare_paths);
+    return found;
+}
+
+// A directory that holds a model: `path` itself, or the newest checkpoint of the run `path`. NULL if neither.
+const char *find_checkpoint(const char *path) {
+    if (file_exists(path_of("%s/config.json", path))) return path;
+    Names names = list_checkpoints(path);
+    return names.count > 0 ? strdup(path_of("%s/%s", path, names.names[names.count - 1])) : NULL;
+}
+
+void delete_directory(const char *path) {                        // and the files in it; ours hold no directories
+    DIR *directory = opendir(path);
+    for (struct dirent *entry; directory && (entry = readdir(directory));)
+        if (strcmp(entry->d_name, ".") != 0 && strcmp(entry->d_name, "..") != 0) unlink(path_of("%s/%s", path, entry->d_name));
+    if (directory) closedir(directory);
+    rmdir(path);
+}
+
+void make_directory(const char *path) {                          // and the ones above it
+    char partial[4096];
+    for (const char *p = path; *p; p++) {
+        bool ends = p[1] == '/' || p[1] == 0;
+        if (!ends || *p == '/') continue;
+        snprintf(partial, sizeof partial, "%.*s", (int)(p + 1 - path), path);
+        CHECK(mkdir(partial, 0777) == 0 || errno == EEXIST, "cannot make the directory %s: %s", partial, strerror(errno));
+    }
+}
+
+typedef struct {
+    Model model;
+    Tokenizer *tokenizer;
+    Loader train, val;
+    bool has_val;
+    Log log;
+    int64_t step, steps;             // updates done, updates in all
+    uint64_t position;               // rows of the training data used so far
+    char last_saved[4096];
+} Run;
+
+void trainer_json(const Run *run, const char *path) {
+    FILE *f = create_file(path);
+    fprintf(f, "{\n  \"step\": %" PRId64 ",\n  \"steps\": %" PRId64 ",\n  \"position\": %" PRIu64 ",\n", run->step, run->steps, run->position);
+    fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n  \"options\": {", run->train.fingerprint);
+    bool first = true;
+    for (const Option *o = OPTIONS; o->name; o++) {
+        char text[4096];
+        if (!(o->commands & COMMAND_TRAIN) || o->type == OPTION_FLAG) continue;
+        option_text(o, text, sizeof text);
+        fprintf(f, "%s\n    \"%s\": ", first ? "" : ",", o->name);
+        json_write_string(f, text, strlen(text));
+        first = false;
+    }
+    fprintf(f, "\n  }\n}\n");
+    close_file(f, path);
+}
+
+// out/step_NNNNNNNN, a Hugging Face directory with AdamW's moments (and fp32 weights, if the saved ones are bf16) and trainer.json beside.
+// It is written under another name, flushed to the disk and renamed: a kill or a full disk leaves the checkpoints before it whole.
+void save_checkpoint(Run *run) {
+    Model *m = &run->model;
+    Dtype dtype = (Dtype)opt.save_dtype;
+    char final[4096], unfinished[4096];
+    snprintf(final, sizeof final, "%s/step_%08" PRId64, opt.out, run->step);
+    if (strcmp(final, run->last_saved) == 0) return;
+    snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
+    delete_directory(unfinished);
+    make_directory(unfinished);
+    int end_id = (int)run->train.shards[0].header->end_id;
+    config_save(&m->config, path_of("%s/config.json", unfinished), dtype, end_id);
+    const char *path = path_of("%s/generation_config.json", unfinished);
+    FILE *f = create_file(path);
+    fprintf(f, "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
+            run->tokenizer->im_end, run->tokenizer->endoftext, run->tokenizer->endoftext, opt.temperature, opt.top_p);
+    close_file(f, path);
+    tokenizer_save_hf(run->tokenizer, unfinished);
+    model_save(m, unfinished, dtype);
+    Block blocks[] = {{"m.", m->m_memory}, {"v.", m->v_memory}, {"master.", m->params_memory}};
+    write_safetensors(path_of("%s/optimizer.safetensors", unfinished), &m->table, 0, m->table.count, blocks, dtype == F32 ? 2 : 3, F32);
+    trainer_json(run, path_of("%s/trainer.json", unfinished));
+    delete_directory(final);                                     // only there if this step is reached a second time
+    CHECK(rename(unfinished, final) == 0, "cannot rename %s to %s: %s", unfinished, final, strerror(errno));
+    int directory = open(opt.out, O_RDONLY);
+    if (directory >= 0) fsync(directory), close(directory);      // the new name itself
+    memcpy(run->last_saved, final, sizeof final);
+    Names names = list_checkpoints(opt.out);
+    for (int i = 0; opt.keep > 0 && i < names.count - (int)opt.keep; i++) delete_directory(path_of("%s/%s", opt.out, names.names[i]));
+    printf("saved %s\n", final);
+}
+
+// Puts weights, moments, step and position back, and says which options differ from those of the interrupted run.
+void resume_checkpoint(Run *run, const char *from) {
+    Model *m = &run->model;
+    const char *path = path_of("%s/trainer.json", from);
+    CHECK(file_exists(path), "%s has no trainer.json, so it can't be resumed; to start from its weights use --model %s", from, from);
+    Json *json = read_json(path);
+    StoredTensors stored = safetensors_open(from, "optimizer");
+    load_tensors(&stored, from, &m->table, m->m_memory, "m.", false);
+    load_tensors(&stored, from, &m->table, m->v_memory, "v.", false);
+    char master[128];
+    snprintf(master, sizeof master, "master.%s", m->table.list[0].name);
+    if (safetensors_find(&stored, master)) load_tensors(&stored, from, &m->table, m->params_memory, "master.", false);
+    safetensors_close(&stored);
+    run->step = (int64_t)config_number(json, path, "step"), run->position = (uint64_t)config_number(json, path, "position");
+    const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options");
+    char fingerprint[32];
+    snprintf(fingerprint, sizeof fingerprint, "%016" PRIx64, run->train.fingerprint);
+    CHECK(print && print->type == JSON_STRING && strcmp(print->text, fingerprint) == 0,
+          "%s was trained on other data than %s; to go on with other data, start from its weights: --model %s", from, opt.data, from);
+    for (const Option *o = OPTIONS; o->name; o++) {
+        const Json *before = json_get(options, o->name);
+        char text[4096];
+        if (!before || before->type != JSON_STRING || strcmp(option_text(o, text, sizeof text), before->text) == 0) continue;
+        CHECK(strcmp(o->name, "seq") != 0 && strcmp(o->name, "seed") != 0, "--%s was %s in %s, it must stay so on --resume", o->name, before->text, from);
+        printf("resume: --%s was %s, is now %s\n", o->name, before->text, text);
+    }
+    json_free(json);
+    snprintf(run->last_saved, sizeof run->last_saved, "%s", from);
+    printf("resumed %s at update %" PRId64 "\n", from, run->step);
+}
+
+// Mean loss over the validation data, at most --eval-tokens of it. Changes nothing that training depends on.
+double evaluate(Run *run) {
+    Model *m = &run->model;
+    uint64_t rows = (uint64_t)opt.eval_tokens / (uint64_t)m->T + 1;
+    if (rows > run->val.num_rows) rows = run->val.num_rows;
+    Batch batch;
+    batch_alloc(&batch, m->B, m->T);
+    double loss = 0, counted = 0;
+    for (uint64_t row = 0; row < rows; row += (uint64_t)m->B) {
+        int B = rows - row < (uint64_t)m->B ? (int)(rows - row) : m->B;
+        counted += loader_rows(&run->val, row, B, &batch);
+        loss += model_loss(m, &batch, B, m->T, 0, EVALUATE);
+    }
+    batch_free(&batch);
+    return counted > 0 ? loss / counted : 0;
+}
+
+// Continues the beginnings of `count` documents of the validation (or training) data, to show what the model has learnt.
+void print_samples(Run *run, int count) {
+    const Loader *l = run->has_val ? &run->val : &run->train;
+    Sampler sampler = {opt.temperature, opt.top_p, 0, false};
+    for (int i = 0; i < count; i++) {
+        const Shard *s = &l->shards[0];
+        uint64_t seed = mix64((uint64_t)opt.seed ^ 0x5A3B1E) + (uint64_t)(run->step * 16 + i), at = mix64(seed) % s->num_tokens;
+        while (at > 0 && !(s->tokens[at] & TOKEN_DOC_START)) at--;
+        int tokens[8], n = 0;
+        for (; n < 8 && n < run->model.T / 2 && at + (uint64_t)n < s->num_tokens; n++) {
+            if (n > 0 && s->tokens[at + (uint64_t)n] & TOKEN_DOC_START) break;
+            tokens[n] = (int)(s->tokens[at + (uint64_t)n] & TOKEN_ID_MASK);
+        }
+        Printer printer = {run->tokenizer, {}, stdout};
+        printf("sample: ");
+        for (int k = 0; k < n; k++) print_token(&printer, tokens[k]);
+        printf(" | ");
+        generate(&run->model, run->tokenizer, tokens, n, 100, &sampler, seed, print_token, &printer);
+        printf("\n");
+    }
+}
+
+// The fp32 multiply-adds per second of this machine, measured for 20 ms: what "% of peak" refers to.
+double measure_peak_flops(void) {
+    double flops = 0;
+    #pragma omp parallel reduction(+:flops)
+    {
+        vec sums[12] = {};
+        double begin = now_s(), rounds = 0, seconds = 0;
+        for (; seconds < 0.02; seconds = now_s() - begin, rounds += 1000)
+            for (int r = 0; r < 1000; r++) {
+                UNROLL
+                for (int i = 0; i < 12; i++) sums[i] = sums[i] * 0.999f + 1e-3f;
+            }
+        volatile float keep = 0;
+        for (int i = 0; i < 12; i++) keep = keep + sums[i][0];
+        flops += rounds * 12 * VL * 2 / seconds;
+    }
+    return flops;
+}
+
+// Matrix multiplications of forward (2 per weight) and backward (4 per weight), and causal attention: 6 T NH HD a layer.
+size_t matmul_params(const Config *c) {
+    return (size_t)c->L * ((size_t)(qkv_width(c) + c->NH * c->HD) * (size_t)c->C + 3 * (size_t)c->C * (size_t)c->I) + (size_t)c->V * (size_t)c->C;
+}
+double flops_per_token(const Config *c, int T) { return 6.0 * (double)matmul_params(c) + 6.0 * c->L * (double)T * c->NH * c->HD; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 12. Training
+
+static volatile sig_atomic_t stop_requested;
+void request_stop(int signal_number) {
+    stop_requested = 1;
+    signal(signal_number, SIG_DFL);                              // a second Ctrl-C stops at once
+}
+
+const Preset *find_preset(const char *name) {
+    for (int i = 0; i < NUM_PRESETS; i++) if (strcmp(PRESETS[i].name, name) == 0) return &PRESETS[i];
+    return NULL;
+}
+
+Config config_of_model(const char *model, const char **checkpoint) {
+    const Preset *preset = find_preset(model);
+    *checkpoint = preset ? NULL : find_checkpoint(model);
+    if (preset) return preset->config;
+    char names[512] = "";
+    for (int i = 0; i < NUM_PRESETS; i++) snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", PRESETS[i].name);
+    CHECK(*checkpoint, "--model %s is neither a directory with a config.json nor a preset (%s)", model, names);
+    return config_load(path_of("%s/config.json", *checkpoint), NULL);
+}
+
+// The default run makes its own data: a small corpus about Chinese geography, history, science and words (dev/data/tiny_baike).
+#define DEFAULT_DATA "data/tiny_baike"
+void make_default_data(void) {
+    if (file_exists(DEFAULT_DATA "/train.bin")) return;
+    CHECK(file_exists("Makefile") && file_exists("dev/data/tiny_baike"),
+          "there is no %s here; run ./train_qwen in its source directory, or name your data with --data", DEFAULT_DATA);
+    printf("no %s yet: making it (make tiny_baike)\n", DEFAULT_DATA);
+    fflush(stdout);
+    CHECK(system("make -s tiny_baike") == 0 && file_exists(DEFAULT_DATA "/train.bin"), "'make tiny_baike' failed; its message is above");
+}
+
+// The tokenizer that made the data stands beside it; else the model's own is used. All must agree.
+Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
+    const char *slash = strrchr(shard->path, '/');
+    const char *beside = path_of("%.*stokenizer.bin", slash ? (int)(slash + 1 - shard->path) : 0, shard->path);
+    Tokenizer *t = NULL;
+    bool model_has_one = checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint))
+                                        || file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
+    if (model_has_one) t = tokenizer_load(checkpoint);
+    else t = tokenizer_load(file_exists(beside) ? beside : "dev/data/qwen.bin");
+    CHECK(t->hash == shard->header->tokenizer_hash, "%s was made with another tokenizer than %s; prepare the data with --tokenizer %s",
+          shard->path, model_has_one ? checkpoint : beside, model_has_one ? checkpoint : "dev/data/qwen.bin");
+    if (checkpoint && !model_has_one) printf("note: %s has no tokenizer files; taking the data's for the model's\n", checkpoint);
+    return t;
+}
+
+void open_val(Run *run, Task task, bool doc_mask) {
+    const char *from = opt.val[0] ? opt.val : opt.data;
+    struct stat st;
+    if (!opt.val[0] && !(stat(opt.data, &st) == 0 && S_ISDIR(st.st_mode))) return;
+    run->has_val = loader_find(&run->val, from, "val") > 0;
+    CHECK(run->has_val || !opt.val[0], "--val %s: no such token files", opt.val);
+    if (!run->has_val) return;
+    CHECK(run->val.shards[0].header->tokenizer_hash == run->train.shards[0].header->tokenizer_hash,
+          "%s and %s come from different tokenizers; prepare both with the same one", run->val.shards[0].path, run->train.shards[0].path);
+    loader_open(&run->val, task, (int)opt.seq, run->model.config.V, doc_mask, false, 0);
+    CHECK(run->val.num_rows > 0, "%s has %" PRIu64 " tokens, one row of --seq %" PRId64 " needs %" PRId64, run->val.shards[0].path,
+          run->val.num_tokens, opt.seq, opt.seq + 1);
+}
+
+// Replaces automatic options by numbers, and refuses combinations that can't work. Sizes are known once the loader is open.
+void resolve_options(Run *run, bool from_checkpoint) {
+    int64_t micro_tokens = opt.batch * opt.seq;
+    if (opt.total_batch > 0) {
+        CHECK(opt.total_batch % micro_tokens == 0, "--total-batch %" PRId64 " is not a multiple of --batch x --seq = %" PRId64, opt.total_batch, micro_tokens);
+        opt.accum = opt.total_batch / micro_tokens;
+    }
+    uint64_t rows = (uint64_t)(opt.batch * opt.accum);
+    CHECK(run->train.num_rows >= rows, "%s has %" PRIu64 " tokens, enough for %" PRIu64 " rows; one update of --batch %" PRId64 " x --accum %" PRId64
+          " rows of --seq %" PRId64 " needs %" PRIu64 " tokens", opt.data, run->train.num_tokens, run->train.num_rows, opt.batch, opt.accum,
+          opt.seq, rows * (uint64_t)opt.seq + 1);
+    run->steps = opt.steps > 0 ? opt.steps : (int64_t)(run->train.num_rows * (uint64_t)opt.epochs / rows);
+    if (opt.warmup < 0) opt.warmup = run->steps / 20 < 1000 ? run->steps / 20 : 1000;
+    CHECK(opt.warmup < run->steps, "--warmup %" PRId64 " leaves nothing of the %" PRId64 " updates", opt.warmup, run->steps);
+    CHECK(opt.min_lr <= 1, "--min-lr %g is a fraction of --lr, at most 1", opt.min_lr);
+    CHECK(opt.beta1 < 1 && opt.beta2 < 1, "--beta1 %g and --beta2 %g must be below 1", opt.beta1, opt.beta2);
+    if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2e-3 : 1e-4;
+}
+
+// Opens data, tokenizer and model; allocates; initialises, loads or resumes.
+void run_open(Run *run) {
+    bool is_default = opt.model[0] == 0 && opt.data[0] == 0;
+    if (opt.model[0] == 0) opt.model = "tiny";
+    if (opt.data[0] == 0) {
+        CHECK(is_default, "--model is given, but not --data; prepare some with ./prepare, or take --data " DEFAULT_DATA);
+        make_default_data();
+        opt.data = DEFAULT_DATA;
+    }
+    const char *checkpoint, *resume_from = opt.resume ? find_checkpoint(opt.out) : NULL;
+    Config config = config_of_model(opt.model, &checkpoint);
+    CHECK(!opt.resume || resume_from, "--resume: %s holds no checkpoint", opt.out);
+    CHECK(loader_find(&run->train, opt.data, "train") > 0, "--data %s: no such token files; make some with ./prepare", opt.data);
+    run->tokenizer = open_tokenizer(&run->train.shards[0], checkpoint);
+    if (config.V == 0) config.V = (run->tokenizer->vocab_size + 63) / 64 * 64;
+    if (resume_from) config = config_load(path_of("%s/config.json", resume_from), NULL);
+    CHECK(opt.seq <= config.max_T, "--seq %" PRId64 " is longer than the model's %d positions", opt.seq, config.max_T);
+    CHECK(opt.recompute <= RECOMPUTE_LAYERS, "--recompute is %" PRId64 ", it must be 0, 1 or 2", opt.recompute);
+    CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %" PRId64 ": too large", opt.batch * opt.seq);
+
+    Task task = (Task)opt.task;
+    bool doc_mask = opt.doc_mask == 0 ? task != TASK_PRETRAIN : opt.doc_mask == 1;
+    loader_open(&run->train, task, (int)opt.seq, config.V, doc_mask, true, (uint64_t)opt.seed);
+    resolve_options(run, checkpoint != NULL);
+    Model *m = &run->model;
+    model_alloc(m, &config);
+    if (resume_from || checkpoint) model_load(m, resume_from ? resume_from : checkpoint);
+    else init_params(m->params_memory, &config, &m->table, (uint64_t)opt.seed);
+    model_alloc_run(m, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute, TRAIN);
+    open_val(run, task, doc_mask);
+    if (resume_from) resume_checkpoint(run, resume_from);
+}
+
+// A run that is already in --out is moved aside, never written over.
+void claim_out(const Run *run) {
+    make_directory(opt.out);
+    if (run->step == 0 && file_exists(path_of("%s/log.jsonl", opt.out))) {
+        int n = 1;
+        while (file_exists(path_of("%s.%d", opt.out, n))) n++;
+        const char *aside = path_of("%s.%d", opt.out, n);
+        CHECK(rename(opt.out, aside) == 0, "cannot rename %s to %s: %s", opt.out, aside, strerror(errno));
+        make_directory(opt.out);
+        printf("%s held an earlier run; moved to %s\n", opt.out, aside);
+    }
+    CHECK(access(opt.out, W_OK) == 0, "cannot write into --out %s: %s", opt.out, strerror(errno));
+}
+
+void print_run(const Run *run) {
+    const Config *c = &run->model.config;
+    const Loader *l = &run->train;
+    int threads = 1;
+#ifdef _OPENMP
+    threads = omp_get_max_threads();
+#endif
+    printf("model     %s: %d layers, width %d, %d/%d heads x %d, MLP %d, vocabulary %d: %.1fM parameters\n", opt.model, c->L, c->C, c->NH, c->NKV,
+           c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
+    printf("data      %s: %.2fM tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, (double)l->num_tokens / 1e6, l->num_shards,
+           l->num_shards == 1 ? "" : "s", l->num_rows, l->T);
+    if (l->num_cut > 0) printf(" (%" PRIu64 " documents were longer and are cut)", l->num_cut);
+    if (run->has_val) printf("; validation %.2fM tokens", (double)run->val.num_tokens / 1e6);
+    printf("\nupdates   %" PRId64 " of %" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64 " tokens; rate %g %s, warm-up %" PRId64 "\n", run->steps, opt.accum,
+           opt.batch, opt.seq, opt.accum * opt.batch * opt.seq, opt.lr, SCHEDULE_NAMES[opt.schedule], opt.warmup);
+    printf("machine   %d thread%s, vectors of %d floats%s\n\n", threads, threads == 1 ? "" : "s", VL,
+#ifdef _OPENMP
+           ""
+#else
+           "; built without OpenMP"
+#endif
+    );
+}
+
+const char *time_text(double seconds) {
+    static char text[32];
+    int s = (int)(seconds + 0.5);
+    if (s >= 3600) snprintf(text, sizeof text, "%dh%02dm", s / 3600, s / 60 % 60);
+    else snprintf(text, sizeof text, "%dm%02ds", s / 60, s % 60);
+    return text;
+}
+
+// One update: forward and backward of all micro-batches, clip, AdamW. The loss of a target counts the same in whatever micro-batch it
+// is: it is divided by the number of targets of the whole update. An update without any target changes nothing.
+typedef struct { double loss, norm, lr, targets; } StepResult;
+StepResult train_step(Run *run, const Batch *update) {
+    Model *m = &run->model;
+    StepResult r = {};
+    int micro_rows = (int)opt.batch, rows = micro_rows * (int)opt.accum;
+    r.targets = loader_rows(&run->train, run->position, rows, update);
+    r.lr = learning_rate((Schedule)opt.schedule, run->step + 1, run->steps, opt.warmup, opt.lr, opt.min_lr);
+    for (int i = 0; i < rows && r.targets > 0; i += micro_rows) {
+        size_t at = (size_t)i * (size_t)m->T;
+        Batch micro = {update->tokens + at, update->targets + at, update->start + at, update->weights + at};
+        r.loss += model_loss(m, &micro, micro_rows, m->T, (float)(1.0 / r.targets), TRAIN) / r.targets;
+    }
+    r.norm = gradient_norm(m->grads_memory, m->table.num_params);
+    if (!isfinite(r.loss) || !isfinite(r.norm))
+        DIE("update %" PRId64 ": the loss is %g and the gradient's norm %g, at row %" PRIu64 " of the data; stopped before they reach the weights. "
+            "Last checkpoint: %s. Try a lower --lr, or look at the data there", run->step + 1, r.loss, r.norm, run->position,
+            run->last_saved[0] ? run->last_saved : "none");
+    AdamW adamw = {(float)r.lr, (float)opt.beta1, (float)opt.beta2, (float)opt.eps, (float)opt.weight_decay};
+    float scale = opt.clip > 0 && r.norm > opt.clip ? (float)(opt.clip / (r.norm + 1e-6)) : 1.0f;
+    if (r.targets > 0) adamw_step(m, &adamw, scale, run->step + 1);
+    run->step++;
+    run->position += (uint64_t)rows;
+    return r;
+}
+
+void report_step(const Run *run, const StepResult *r, double seconds, double left_s, double peak) {
+    double tokens = (double)(opt.batch * opt.accum * opt.seq), per_s = tokens / seconds;
+    double percent = 100 * per_s * flops_per_token(&run->model.config, run->model.T) / peak;
+    fprintf(run->log.json, "{\"step\":%" PRId64 ",\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"targets\":%.0f,\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", run->step,
+            r->loss, r->norm, r->lr, r->targets, seconds * 1e3, per_s);
+    fflush(run->log.json);
+    event_scalar(run->log.events, "train/loss", run->step, r->loss);
+    event_scalar(run->log.events, "train/grad_norm", run->step, r->norm);
+    event_scalar(run->log.events, "train/learning_rate", run->step, r->lr);
+    event_scalar(run->log.events, "train/tokens_per_s", run->step, per_s);
+    bool line = run->step % opt.log_every == 0 || run->step == 1 || run->step == run->steps, terminal = isatty(STDOUT_FILENO);
+    if (!line && !terminal) return;
+    printf("%supdate %*" PRId64 "/%" PRId64 " | loss %.4f | norm %6.3f | lr %.2e | %5.0f ms | %6.0f tok/s | %2.0f %% of peak | %s left%s",
+           terminal ? "\r" : "", run->steps < 1000 ? 3 : 6, run->step, run->steps, r->loss, r->norm, r->lr, seconds * 1e3, per_s, percent,
+           time_text(left_s), line ? "\n" : terminal ? "\033[K" : "");
+    fflush(stdout);
+    if (r->targets == 0) printf("\nnote: update %" PRId64 " had no target to learn from (only prompts); nothing was changed\n", run->step);
+}
+
+double report_val(Run *run) {
+    if (!run->has_val) return 0;
+    double loss = evaluate(run);
+    const char *terminal = isatty(STDOUT_FILENO) ? "\r\033[K" : "";
+    printf("%svalidation loss %.4f (perplexity %.2f)", terminal, loss, exp(loss));
+    float bigram = run->val.shards[0].header->bigram_loss;
+    if (bigram > 0) printf("; a bigram model of the training data has %.4f", bigram);
+    printf("\n");
+    fprintf(run->log.json, "{\"step\":%" PRId64 ",\"val_loss\":%.9g}\n", run->step, loss);
+    fflush(run->log.json);
+    event_scalar(run->log.events, "val/loss", run->step, loss);
+    return loss;
+}
+
+void print_farewell(const Run *run, double seconds) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    double memory_mb = (double)usage.ru_maxrss / 1e6;
+#else
+    double memory_mb = (double)usage.ru_maxrss / 1e3;
+#endif
+    printf("\n%s in all, %.0f MB of memory at most. Try next:\n", time_text(seconds), memory_mb);
+    printf("  ./train_qwen generate --model %s --prompt \"%s\"\n", opt.out, "长江");
+    printf("  ./train_qwen --epochs 3 --out out3                   # longer training\n");
+    printf("  ./train_qwen --model %s --data DIR --lr 1e-4        # go on with other data; ./prepare makes it\n", opt.out);
+    if (run->step < run->steps) printf("  the same command with --resume                       # go on where this run stopped\n");
+}
+
+void train(void) {
+    Run *run = (Run *)xcalloc(1, sizeof(Run));
+    run_open(run);
+    claim_out(run);
+    run->log = log_open(opt.out, run->step);
+    print_run(run);
+    CHECK(run->step < run->steps, "%s is complete: %" PRId64 " updates; a larger --steps or --epochs goes on", opt.out, run->step);
+    signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
+    double peak = measure_peak_flops(), begin = now_s();
+    int64_t first = run->step;
+    Batch update;
+    batch_alloc(&update, (int)(opt.batch * opt.accum), (int)opt.seq);
+    while (run->step < run->steps && !stop_requested) {
+        double start = now_s();
+        StepResult r = train_step(run, &update);
+        double now = now_s();
+        report_step(run, &r, now - start, (now - begin) / (double)(run->step - first) * (double)(run->steps - run->step), peak);
+        bool last = run->step == run->steps;
+        if (!last && opt.eval_every > 0 && run->step % opt.eval_every == 0) report_val(run);
+        if (!last && opt.sample_every > 0 && run->step % opt.sample_every == 0) print_samples(run, 1);
+        if (!last && opt.save_every > 0 && run->step % opt.save_every == 0) save_checkpoint(run);
+    }
+    if (stop_requested) printf("\nstopped by a signal after update %" PRId64 "; go on with --resume\n", run->step);
+    if (!stop_requested) report_val(run);
+    if (!stop_requested && opt.sample_every > 0) print_samples(run, 3);
+    save_checkpoint(run);
+    print_farewell(run, now_s() - begin);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 13. main
+
+void print_info(void) {
+    const char *checkpoint;
+    if (opt.model[0] == 0) opt.model = "mini_llm_1.4b";
+    Config c = config_of_model(opt.model, &checkpoint);
+    if (c.V == 0) c.V = 4096;                                    // tiny: the data decides
+    int B = (int)opt.batch, T = (int)opt.seq;
+    TensorTable table = tensor_table(&c);
+    double parameters = 4.0 * (double)table.num_params, flops = flops_per_token(&c, T);
+    double activations[3];
+    for (int level = 0; level < 3; level++) activations[level] = 4.0 * (double)activations_floats(&c, B, T, (Recompute)level, true);
+    double total = 4 * parameters + activations[opt.recompute];
+    if (opt.json) {
+        printf("{\"model\":\"%s\",\"parameters\":%zu,\"flops_per_token\":%.0f,\"batch\":%d,\"seq\":%d,\"recompute\":%" PRId64 ",\"parameters_bytes\":%.0f,"
+               "\"gradients_bytes\":%.0f,\"optimizer_bytes\":%.0f,\"activations_bytes\":%.0f,\"total_bytes\":%.0f}\n", opt.model, table.num_params,
+               flops, B, T, opt.recompute, parameters, parameters, 2 * parameters, activations[opt.recompute], total);
+        return;
+    }
+    printf("%s\n\n  %-46s %-16s %12s  %s\n", opt.model, "tensor", "shape", "parameters", "decay");
+    for (int k = 0; k < table.count; k++) {
+        const TensorInfo *t = &table.list[k];
+        char shape[64];
+        if (t->layer > 0) continue;                              // layers are alike
+        printf("  %-46s %-16s %12zu  %s\n", t->name, shape_text(shape, t->is_vector, t->rows, t->cols), t->rows * t->cols, t->decay == DECAY ? "yes" : "no");
+    }
+    printf("  %d layers like layer 0\n\n", c.L);
+    printf("parameters        %zu\n", table.num_params);
+    printf("FLOPs per token   %.4g  (forward and backward at --seq %d: 6 x %zu weights in matrices + attention 6 x %d x %d x %d x %d)\n", flops, T,
+           matmul_params(&c), c.L, T, c.NH, c.HD);
+    printf("\nmemory of ./train_qwen (fp32) at --batch %d --seq %d, GB\n", B, T);
+    printf("  parameters  %8.3f    gradients  %8.3f    AdamW's m and v  %8.3f\n", parameters / 1e9, parameters / 1e9, 2 * parameters / 1e9);
+    for (int level = 0; level < 3; level++)
+        printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations[level] / 1e9, level, (4 * parameters + activations[level]) / 1e9,
+               level == opt.recompute ? "   <- chosen" : "");
+    free(table.list);
+}
+
+char *read_stdin(void) {
+    size_t size = 0, room = 4096, n;
+    char *text = (char *)xmalloc(room);
+    while ((n = fread(text + size, 1, room - size - 1, stdin)) > 0)
+        if ((size += n) + 1 == room) text = (char *)xrealloc(text, room *= 2);
+    text[size] = 0;
+    return text;
+}
+
+void generate_text(void) {
+    const char *checkpoint;
+    if (opt.model[0] == 0) opt.model = "out";
+    CHECK(find_preset(opt.model) == NULL, "--model %s is a preset without weights; name a checkpoint", opt.model);
+    config_of_model(opt.model, &checkpoint);
+    Model m = {};
+    model_load(&m, checkpoint);
+    Tokenizer *tokenizer = tokenizer_load(checkpoint);
+    const char *prompt = opt.prompt[0] ? opt.prompt : read_stdin();
+    TokenList list = {NULL, 0, 0};
+    tokenizer_encode(tokenizer, prompt, strlen(prompt), SPECIALS_PARSED, &list);
+    CHECK(list.count > 0, "the prompt is empty; give some text with --prompt or on standard input");
+    int *tokens = (int *)xmalloc(list.count * sizeof(int)), max_T = m.config.max_T, count = (int)list.count;
+    for (int i = 0; i < count; i++) {
+        tokens[i] = (int)list.ids[i];
+        CHECK(tokens[i] < m.config.V, "the prompt has token %d, but the model's vocabulary ends at %d; are these tokenizer files the model's?",
+              tokens[i], m.config.V - 1);
+    }
+    CHECK(list.count < (size_t)max_T, "the prompt has %zu tokens, the model has %d positions", list.count, max_T);
+    int64_t T = count + opt.max_tokens;
+    model_alloc_run(&m, 1, (int)(T < max_T ? T : max_T), KEEP_ALL, EVALUATE);
+    Sampler sampler = {opt.temperature, opt.top_p, opt.top_k, opt.greedy};
+    Printer printer = {tokenizer, {}, stdout};
+    if (opt.ids) generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_id, stdout);
+    else {
+        for (int i = 0; i < count; i++) print_token(&printer, tokens[i]);
+        generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_token, &printer);
+    }
+    printf("\n");
+}
+
+void print_help(void) {
+    printf("train_qwen trains Qwen language models.\n\n"
+           "  ./train_qwen [train] [options]     train; without options a small model on a Chinese corpus, about 3 minutes\n"
+           "  ./train_qwen generate [options]    continue a text with a trained model\n"
+           "  ./train_qwen info [options]        parameters, FLOPs, memory\n\nOptions of train (defaults in brackets):\n");
+    print_options(OPTIONS, COMMAND_TRAIN);
+    printf("\nOptions of generate:\n");
+    print_options(OPTIONS, COMMAND_GENERATE);
+    printf("\nOptions of info:\n");
+    print_options(OPTIONS, COMMAND_INFO);
+    printf("\nPresets:");
+    for (int i = 0; i < NUM_PRESETS; i++) printf(" %s", PRESETS[i].name);
+    printf("\n");
+}
+
+#ifndef QWEN_NO_MAIN
+int main(int argc, char **argv) {
+    bool has_command = argc > 1 && argv[1][0] != '-';
+    const char *command = has_command ? argv[1] : "train";
+    for (int i = 1; i < argc; i++)
+        if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return print_help(), 0;
+    if (strcmp(command, "train") == 0) {
+        parse_options(OPTIONS, COMMAND_TRAIN, argc, argv, 1 + has_command, NULL);
+        train();
+    } else if (strcmp(command, "generate") == 0) {
+        parse_options(OPTIONS, COMMAND_GENERATE, argc, argv, 2, NULL);
+        generate_text();
+    } else if (strcmp(command, "info") == 0) {
+        parse_options(OPTIONS, COMMAND_INFO, argc, argv, 2, NULL);
+        print_info();
+    } else {
+        DIE("unknown command '%s'; there are train, generate and info, and --help", command);
+    }
+    return 0;
+}
+#endif

@@ -349,7 +349,7 @@ AtomicFile open_atomic(const char *path) {
 
 void close_atomic(AtomicFile *a) {
     bool ok = !ferror(a->file) && fflush(a->file) == 0 && fsync(fileno(a->file)) == 0;
-    int why = errno;
+    int why = errno;    // of the write that failed, if one did
     if (fclose(a->file) != 0 && ok) ok = false, why = errno;
     if (ok && rename(a->temporary, a->path) != 0) ok = false, why = errno;
     if (!ok) unlink(a->temporary);
@@ -1043,6 +1043,10 @@ uint64_t bin_get(const char *data, int bytes) {
 #define BIN_MAGIC "QWENBPE"
 #define BIN_HEADER 40
 
+uint64_t bin_hash(const char *data, size_t payload) {
+    return fnv1a(fnv1a(FNV_START, data, BIN_HEADER - 8), data + BIN_HEADER, payload);
+}
+
 void tokenizer_load_bin(Tokenizer *t, const char *data, size_t size, const char *path) {
     CHECK(size >= BIN_HEADER, "%s is cut off: %zu bytes, the header alone has %d", path, size, BIN_HEADER);
     uint64_t version = bin_get(data + 8, 4), num_ranks = bin_get(data + 12, 4), num_specials = bin_get(data + 16, 4);
@@ -1050,7 +1054,7 @@ void tokenizer_load_bin(Tokenizer *t, const char *data, size_t size, const char 
     CHECK(version == 1, "%s has version %d of the format; this program reads version 1", path, (int)version);
     CHECK(payload == size - BIN_HEADER, "%s is cut off or has bytes too many: %zu bytes, its header says %" PRIu64, path, size,
           payload + BIN_HEADER);
-    CHECK(fnv1a(FNV_START, data + BIN_HEADER, payload) == hash, "%s is damaged: its checksum does not match; copy it again", path);
+    CHECK(bin_hash(data, payload) == hash, "%s is damaged: its checksum does not match; copy it again", path);
     const char *p = data + BIN_HEADER, *end = data + size;
     for (uint64_t r = 0; r < num_ranks; r++) {
         CHECK(p < end && p + 1 + (unsigned char)*p <= end, "%s is damaged: token %" PRIu64 " goes past the end", path, r);
@@ -1304,11 +1308,12 @@ void tokenizer_load_file(Tokenizer *t, const char *path) {
     const char *first = data;
     while (*first == ' ' || *first == '\n' || *first == '\r' || *first == '\t') first++;
     if (size >= 8 && memcmp(data, BIN_MAGIC, 8) == 0) tokenizer_load_bin(t, data, size, path);
-    else if (*first == '{' || memcmp(data, "\xEF\xBB\xBF{", size < 4 ? size : 4) == 0) tokenizer_load_json(t, data, size, path);
+    else if (*first == '{' || strncmp(data, "\xEF\xBB\xBF{", 4) == 0) tokenizer_load_json(t, data, size, path);
     else {
         const char *p = data;
         while (base64_digit(*p) >= 0 || *p == '=') p++;
-        CHECK(p > data && *p == ' ', "%s is no tokenizer: expected our .bin, qwen.tiktoken or a Hugging Face tokenizer.json", path);
+        bool is_line = p > data && *p == ' ' && p[1] >= '0' && p[1] <= '9';
+        CHECK(is_line, "%s is no tokenizer: expected our .bin, qwen.tiktoken or a Hugging Face tokenizer.json", path);
         tokenizer_load_tiktoken(t, data, size, path);
     }
     free(data);
@@ -1344,7 +1349,7 @@ void bin_put(char **p, uint64_t value, int bytes) {
 
 // The compact format, little-endian:
 //   header, 40 bytes: char magic[8] "QWENBPE\0"; u32 version (1), ranks, special tokens, flags (1: v1's rule for NFC);
-//                     u64 bytes after the header; u64 their FNV-1a hash
+//                     u64 bytes after the header; u64 FNV-1a hash of the header before it and of the bytes after it
 //   each ordinary token by rank: u8 length, its bytes. Merges are not stored, they follow (tokenizer_finish).
 //   each special token by id: u32 id, u8 is_control, u8 length, its text
 void tokenizer_save_bin(const Tokenizer *t, const char *path) {
@@ -1372,7 +1377,7 @@ void tokenizer_save_bin(const Tokenizer *t, const char *path) {
     bin_put(&p, (uint64_t)t->num_specials, 4);
     bin_put(&p, t->nfc_whole, 4);
     bin_put(&p, payload, 8);
-    bin_put(&p, fnv1a(FNV_START, data + BIN_HEADER, payload), 8);
+    bin_put(&p, bin_hash(data, payload), 8);
     AtomicFile a = open_atomic(path);
     fwrite(data, 1, BIN_HEADER + payload, a.file);
     close_atomic(&a);

@@ -258,7 +258,7 @@ void init_params(float *params, const Config *c, const TensorTable *table, uint6
 typedef struct { const char *name; Config config; } Preset;
 static const Preset PRESETS[] = {
     //                    V      C     L   NH  NKV  HD    I  max_T  rope_base    eps  bias  qk_norm tied
-    {"tiny",          {     0,  256,   6,   4,  2,  64,   704,  1024,   10000, 1e-6f, false, true,  true }},   // V: from the data
+    {"tiny",          {     0,  192,   6,   3,  1,  64,   512,  1024,   10000, 1e-6f, false, true,  true }},   // V: from the data
     {"mini_llm_1.4b", {151936, 2048,  16,  16, 16, 128,  5504,  8192,   10000, 1e-6f, true,  false, false}},
     {"qwen2.5-0.5b",  {151936,  896,  24,  14,  2,  64,  4864, 32768, 1000000, 1e-6f, true,  false, true }},
     {"qwen2.5-1.5b",  {151936, 1536,  28,  12,  2, 128,  8960, 32768, 1000000, 1e-6f, true,  false, true }},
@@ -1084,8 +1084,8 @@ StoredTensor stored_tensor(const Json *entry, const char *path, uint64_t data_be
     while (DTYPE_NAMES[t.dtype] && strcmp(DTYPE_NAMES[t.dtype], dtype->text) != 0) t.dtype = (Dtype)(t.dtype + 1);
     CHECK(DTYPE_NAMES[t.dtype], "%s: tensor %s has dtype %s; this program reads F32, BF16 and F16", path, t.name, dtype->text);
     for (const Json *d = shape->child; d; d = d->next) {
-        CHECK(d->type == JSON_NUMBER && d->number >= 0 && d->number < 1e12 && t.num_dims < 4,
-              "%s: tensor %s has a shape this program can't read", path, t.name);
+        CHECK(d->type == JSON_NUMBER && d->number >= 0 && d->number * (double)t.elements < 1e15 && t.num_dims < 4,
+              "%s: tensor %s has a shape that is no weight's; the file is damaged", path, t.name);
         t.shape[t.num_dims++] = (size_t)d->number;
         t.elements *= (size_t)d->number;
     }
@@ -1936,21 +1936,20 @@ void print_samples(Run *run, int count) {
     }
 }
 
-// The fp32 multiply-adds per second of this machine, measured for 20 ms: what "% of peak" refers to.
+// What "% of peak" refers to: floating-point operations per second of the micro-kernel on data in the L1 cache, on all threads,
+// measured for 20 ms. It is within a few percent of what the processor can do at all.
 double measure_peak_flops(void) {
     double flops = 0;
     #pragma omp parallel reduction(+:flops)
     {
-        vec sums[12] = {};
-        double begin = now_s(), rounds = 0, seconds = 0;
-        for (; seconds < 0.02; seconds = now_s() - begin, rounds += 1000)
-            for (int r = 0; r < 1000; r++) {
-                UNROLL
-                for (int i = 0; i < 12; i++) sums[i] = sums[i] * 0.999f + 1e-3f;
-            }
-        volatile float keep = 0;
-        for (int i = 0; i < 12; i++) keep = keep + sums[i][0];
-        flops += rounds * 12 * VL * 2 / seconds;
+        float *a = thread_buffer(BUFFER_A, (size_t)MC * KC), *b = thread_buffer(BUFFER_B, (size_t)NC * KC);
+        float *c = thread_buffer(BUFFER_ROW, MR * NR);
+        memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
+        double begin = now_s(), seconds = 0;
+        int64_t calls = 0;
+        for (; seconds < 0.02; calls += 100, seconds = now_s() - begin)
+            for (int i = 0; i < 100; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
+        flops += (double)calls * 2 * MR * NR * KC / seconds;
     }
     return flops;
 }
@@ -2000,13 +1999,11 @@ void make_default_data(void) {
 Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
     const char *slash = strrchr(shard->path, '/');
     const char *beside = path_of("%.*stokenizer.bin", slash ? (int)(slash + 1 - shard->path) : 0, shard->path);
-    Tokenizer *t = NULL;
     bool model_has_one = checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint))
                                         || file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
-    if (model_has_one) t = tokenizer_load(checkpoint);
-    else t = tokenizer_load(file_exists(beside) ? beside : "dev/data/qwen.bin");
-    CHECK(t->hash == shard->header->tokenizer_hash, "%s was made with another tokenizer than %s; prepare the data with --tokenizer %s",
-          shard->path, model_has_one ? checkpoint : beside, model_has_one ? checkpoint : "dev/data/qwen.bin");
+    const char *from = model_has_one ? checkpoint : file_exists(beside) ? beside : "dev/data/qwen.bin";
+    Tokenizer *t = tokenizer_load(from);
+    CHECK(t->hash == shard->header->tokenizer_hash, "%s was not made with the tokenizer of %s; prepare it again, with --tokenizer %s", shard->path, from, from);
     if (checkpoint && !model_has_one) printf("note: %s has no tokenizer files; taking the data's for the model's\n", checkpoint);
     return t;
 }

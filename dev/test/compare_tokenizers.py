@@ -89,11 +89,13 @@ def tiktoken_ids(encoding, text, set_name):
     return ids
 
 
-ENGLISH = "the of and to in a is that it's we're I'm you'll THEY'VE don'T he'd  Qwen trains tokens, (quickly) \"quoted\" naïve café".split(" ")
-CODE = ["for (int i = 0; i < n; i++) {\n", "    return x->y[3] * 2.5e-3f;\n", "#include <stdio.h>\r\n", "def f(self, *args, **kw):\n\t", "};\n\n",
-        "// ----------------\n", "<div class=\"a\">", "x_1 := map[string]int{}\n", "\\frac{a}{b}", "0x1F, 1_000;", "/* */", "https://example.com/a?b=c&d"]
+ENGLISH = "the of and to in a is that it's we're I'm you'll THEY'VE don'T he'd Qwen trains tokens, (quick) \"quoted\" naïve café".split(" ")
+CODE = ["for (int i = 0; i < n; i++) {\n", "    return x->y[3] * 2.5e-3f;\n", "#include <stdio.h>\r\n", "def f(self, *args, **kw):\n\t",
+        "};\n\n", "// ----------------\n", "<div class=\"a\">", "x_1 := map[string]int{}\n", "\\frac{a}{b}", "0x1F, 1_000;", "/* */",
+        "https://example.com/a?b=c&d"]
 EMOJI = ["😀", "👍🏽", "👨‍👩‍👧", "🇨🇳", "❤️", "🏴‍☠️", "✅", "1️⃣"]
-SPACES = [" ", "  ", "\n", "\r\n", "\t", " \n", "\u3000", "\u00a0", "\u0085", "\u2028", "\u200b", "\ufeff", "\x0b", "\x1c", "    ", "\n\n\n", "\u1680", "\u202f"]
+SPACES = [" ", "  ", "    ", "\n", "\r\n", "\n\n\n", "\t", " \n", "\x0b", "\x1c", "\u0085", "\u00a0", "\u1680", "\u2028", "\u202f",
+          "\u3000", "\u200b", "\ufeff"]
 PUNCTUATION = list("，。！？；：、（）《》“”‘’…—·") + list("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~") + ["'s", "'T", "'rE", "'ſ", "->", "...", "。\n"]
 MARKS = [chr(c) for c in list(range(0x300, 0x370)) + [0x3099, 0x309A, 0x338, 0x93C, 0x5B4, 0x64B, 0xF71, 0xF72, 0x1D165, 0x20D0, 0x5B0]]
 

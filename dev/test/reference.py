@@ -13,7 +13,7 @@ Three tiny models with awkward sizes, each a checkpoint directory as Hugging Fac
     qwen2_bf16/     qwen2 rounded to bf16, in two shards, config.json with the keys that transformers 4 wrote (rope_theta)
     qwen3_fp16/     qwen3 rounded to fp16, same old keys
 
-expected.safetensors of the first three, floats in F32 rounded from a computation in float64, integers in I32:
+expected.safetensors of the first three, all F32 (the only format the trainer needs), rounded from float64:
     tokens, targets (B, T)      inputs and what follows them
     start (B, T)                column where the document of this position begins: position t attends to [start, t] and its RoPE
                                 angle is that of t - start (RoPE is relative: counting from column 0 would give the same numbers)
@@ -271,7 +271,7 @@ def randomise(model, seed):
 
 
 def save_expected(path, tensors):
-    narrow = {name: t.detach().to(torch.float32 if t.is_floating_point() else torch.int32).contiguous() for name, t in tensors.items()}
+    narrow = {name: t.detach().to(torch.float32).contiguous() for name, t in tensors.items()}
     save_file(narrow, path / "expected.safetensors", metadata=MADE_BY)
 
 

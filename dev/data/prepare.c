@@ -1,0 +1,1417 @@
+// prepare: data files (JSON, JSON lines, text) -> token files for the trainer.
+//
+//   cc -std=c11 -O3 -march=native -fno-math-errno -fopenmp -o prepare dev/data/prepare.c -lm
+//   ./prepare --out data/wiki wikipedia-cn-20230720-filtered.json      -> train.bin, val.bin, tokenizer.bin
+//   ./prepare --out data/belle --task sft Belle_open_source_1M.json
+//   ./prepare --help
+//
+//   files --read 32 MB--> records --in parallel--> documents: tokens and flags --in order--> train.bin, val.bin
+//
+// Sections: 1 options | 2 files to records | 3 records to documents | 4 token files | 5 the bigram baseline | 6 prepare |
+//           7 show | 8 tokenize, detokenize | 9 main.    dev/data/formats.md lists the data sets and the rules.
+#define QWEN_NO_MAIN
+#include "../../train_qwen.c"
+#include <ctype.h>           // isalnum
+#include <strings.h>         // strcasecmp
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 1. Options
+
+enum { COMMAND_PREPARE = 1, COMMAND_TOKENIZE = 2, COMMAND_DETOKENIZE = 4, COMMAND_SHOW = 8 };
+enum { TASK_AUTO = 3, SPECIALS_OF_FILE = 0, SPECIALS_NONE = 1 };
+typedef enum { TEMPLATE_CHATML, TEMPLATE_MINI_LLM, TEMPLATE_NONE } Template;
+static const char *const PREPARE_TASKS[] = {"pretrain", "sft", "dpo", "auto", NULL};
+static const char *const SPECIAL_SETS[] = {"file", "none", "v1", "qwen2", "qwen2.5", "qwen3", NULL};
+static const char *const TEMPLATES[] = {"chatml", "mini_llm", "none", NULL};
+
+static struct {
+    const char *out, *tokenizer, *shown_tokenizer, *eos, *field, *system, *file;
+    int task, special, parsed_special, chat_template;
+    int64_t min_chars, max_chars, shard_tokens, show, documents, threads;
+    double val_fraction;
+    bool trim_vocab, dedup, strict, jsonl, ids;
+} prep = {
+    "", "dev/data/qwen.bin", "", "<|im_end|>", "", "", "-",
+    TASK_AUTO, SPECIALS_OF_FILE, SPECIALS_NONE, TEMPLATE_CHATML,
+    0, 0, 0, 0, 3, 0,
+    0.01,
+    false, false, false, false, false,
+};
+
+#define P_ COMMAND_PREPARE
+#define T2_ COMMAND_TOKENIZE
+#define D_ COMMAND_DETOKENIZE
+#define S_ COMMAND_SHOW
+static const Option PREPARE_OPTIONS[] = {
+    {"out",          P_,         OPTION_STRING, &prep.out,             0, NULL, "the directory for train.bin, val.bin, tokenizer.bin; made if missing"},
+    {"task",         P_,         OPTION_CHOICE, &prep.task,            0, PREPARE_TASKS, "auto: what the first record's fields are for"},
+    {"tokenizer",    P_|T2_|D_,  OPTION_STRING, &prep.tokenizer,       0, NULL, "a .bin, qwen.tiktoken, tokenizer.json, or a directory with one"},
+    {"tokenizer",    S_,         OPTION_STRING, &prep.shown_tokenizer, 0, NULL, "default: tokenizer.bin beside the file, else dev/data/qwen.bin"},
+    {"special",      P_|D_,      OPTION_CHOICE, &prep.special,         0, SPECIAL_SETS, "special tokens; file: the tokenizer's own"},
+    {"special",      T2_,        OPTION_CHOICE, &prep.parsed_special,  0, SPECIAL_SETS, "recognised special tokens; none: everything is text"},
+    {"eos",          P_,         OPTION_STRING, &prep.eos,             0, NULL, "the special token that ends every document"},
+    {"val-fraction", P_,         OPTION_FLOAT,  &prep.val_fraction,    0, NULL, "share of documents in val.bin, chosen by a hash of their text"},
+    {"trim-vocab",   P_,         OPTION_FLAG,   &prep.trim_vocab,      0, NULL, "keep only the tokens that this data uses, numbered anew"},
+    {"field",        P_,         OPTION_STRING, &prep.field,           0, NULL, "pretrain: the field with the text; a.b looks inside a"},
+    {"template",     P_,         OPTION_CHOICE, &prep.chat_template,   0, TEMPLATES, "sft, dpo: how a conversation is written"},
+    {"system",       P_,         OPTION_STRING, &prep.system,          0, NULL, "sft, dpo: a system message for conversations without one"},
+    {"min-chars",    P_,         OPTION_INT,    &prep.min_chars,       0, NULL, "drop documents with fewer characters"},
+    {"max-chars",    P_,         OPTION_INT,    &prep.max_chars,       0, NULL, "drop documents with more characters; 0: no limit"},
+    {"dedup",        P_,         OPTION_FLAG,   &prep.dedup,           0, NULL, "drop documents with the same text as an earlier one (by a 64-bit hash)"},
+    {"shard-tokens", P_,         OPTION_INT,    &prep.shard_tokens,    0, NULL, "split into train_00000.bin, ... of about so many tokens; 0: one file"},
+    {"strict",       P_,         OPTION_FLAG,   &prep.strict,          0, NULL, "stop at the first bad record instead of skipping and counting it"},
+    {"show",         P_,         OPTION_INT,    &prep.show,            0, NULL, "print so many documents of the result"},
+    {"threads",      P_|T2_,     OPTION_INT,    &prep.threads,         0, NULL, "0: OMP_NUM_THREADS or all cores; the result is the same"},
+    {"file",         T2_|D_,     OPTION_STRING, &prep.file,            0, NULL, "the input; -: standard input"},
+    {"jsonl",        T2_|D_,     OPTION_FLAG,   &prep.jsonl,           0, NULL, "one JSON string a line for one line of ids"},
+    {"documents",    S_,         OPTION_INT,    &prep.documents,       0, NULL, "how many to print"},
+    {"ids",          S_,         OPTION_FLAG,   &prep.ids,             0, NULL, "print ids; sft, dpo: a * after those that are trained"},
+    {NULL, 0, OPTION_FLAG, NULL, 0, NULL, NULL},
+};
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 2. Files to records. A file is never in memory as a whole: the reader holds a batch, finds where its records begin and end, and
+//    moves the incomplete last one to the front of the next batch.
+
+#define BATCH_BYTES ((size_t)32 << 20)
+#define MAX_RECORD  ((size_t)64 << 20)           // longer JSON records are dropped,
+#define TEXT_BYTES  ((size_t)16 << 20)           // longer texts are cut at a line end
+#define CHUNK_BYTES ((size_t)256 << 10)          // `tokenize`: work for one thread
+
+typedef enum { FORMAT_JSON, FORMAT_TEXT, FORMAT_LINES, FORMAT_CHUNKS, FORMAT_AUTO } Format;
+
+typedef struct {
+    const char *path;
+    int file;
+    Format format;
+    bool interactive;              // don't wait for a full batch
+    bool at_end;
+    char *buffer;                  // [begin, end) is not yet used
+    size_t begin, end, capacity;
+    uint64_t line, column;         // of buffer[begin]; lines from 1, columns from 0
+    uint64_t bytes_read;
+    int open_arrays;
+    bool lost;                     // after a broken record: look for a line that begins one, no further right than lost_column
+    uint64_t lost_column;
+} Reader;
+
+typedef struct { const char *text; size_t len; uint64_t line; const char *problem; } Record;    // problem: why it can't be parsed
+typedef struct { Record *list; size_t count, capacity; } Records;
+
+static volatile sig_atomic_t interrupted;
+void on_interrupt(int signal_number) { interrupted = signal_number; }
+
+void reader_fill(Reader *r) {
+    size_t rest = r->end - r->begin;
+    if (rest > 0) memmove(r->buffer, r->buffer + r->begin, rest);
+    r->begin = 0;
+    r->end = rest;
+    if (rest >= r->capacity / 2) {
+        r->capacity = r->capacity ? 2 * r->capacity : BATCH_BYTES;
+        r->buffer = (char *)xrealloc(r->buffer, r->capacity);
+    }
+    do {
+        CHECK(!interrupted, "interrupted; nothing was written");
+        ssize_t n = read(r->file, r->buffer + r->end, r->capacity - r->end);
+        CHECK(n >= 0 || errno == EINTR, "cannot read %s: %s", r->path, strerror(errno));
+        if (n == 0) r->at_end = true;
+        if (n > 0) r->end += (size_t)n, r->bytes_read += (uint64_t)n;
+    } while (!r->at_end && r->end < r->capacity && !r->interactive);
+}
+
+// Moves on by n bytes, counting lines.
+void reader_advance(Reader *r, size_t n) {
+    const char *s = r->buffer + r->begin, *stop = s + n, *newline;
+    r->begin += n;
+    while ((newline = (const char *)memchr(s, '\n', (size_t)(stop - s))) != NULL) {
+        s = newline + 1;
+        r->line++;
+        r->column = 0;
+    }
+    r->column += (uint64_t)(stop - s);
+}
+
+bool has_ending(const char *path, const char *ending) {
+    size_t n = strlen(path), m = strlen(ending);
+    return n >= m && strcasecmp(path + n - m, ending) == 0;
+}
+
+// By name if it says so, else by content: JSON begins with { or [.
+Format detect_format(const Reader *r) {
+    static const char *const magic[][2] = {
+        {"PAR1", "is a Parquet file"}, {"\x1F\x8B", "is compressed (gzip)"}, {"\x28\xB5\x2F\xFD", "is compressed (zstd)"},
+        {"PK\x03\x04", "is a zip archive"}, {TOKEN_FILE_MAGIC, "is a token file already"}, {BIN_MAGIC, "is a tokenizer"},
+    };
+    size_t at = 0;
+    for (size_t i = 0; i < sizeof magic / sizeof magic[0]; i++) {
+        size_t n = strlen(magic[i][0]);
+        CHECK(r->end < n || memcmp(r->buffer, magic[i][0], n) != 0, "%s %s; prepare reads JSON, JSON lines and text (dev/data/formats.md "
+              "says how to convert)", r->path, magic[i][1]);
+    }
+    if (has_ending(r->path, ".txt")) return FORMAT_TEXT;
+    if (has_ending(r->path, ".json") || has_ending(r->path, ".jsonl")) return FORMAT_JSON;
+    while (at < r->end && strchr(" \t\r\n\xEF\xBB\xBF", r->buffer[at]) && r->buffer[at]) at++;
+    return at < r->end && (r->buffer[at] == '{' || r->buffer[at] == '[') ? FORMAT_JSON : FORMAT_TEXT;
+}
+
+void reader_open(Reader *r, const char *path, Format format, bool interactive) {
+    struct stat st;
+    char *buffer = r->buffer;                    // kept from the file before
+    size_t capacity = r->capacity;
+    memset(r, 0, sizeof *r);
+    r->buffer = buffer, r->capacity = capacity;
+    r->path = strcmp(path, "-") == 0 ? "standard input" : path;
+    r->file = strcmp(path, "-") == 0 ? STDIN_FILENO : open(path, O_RDONLY);
+    r->line = 1;
+    r->interactive = interactive;
+    CHECK(r->file >= 0, "cannot open %s: %s", path, strerror(errno));
+    CHECK(fstat(r->file, &st) != 0 || !S_ISDIR(st.st_mode), "%s is a directory; name the files, for example %s/*.jsonl", path, path);
+    reader_fill(r);
+    r->format = format == FORMAT_AUTO ? detect_format(r) : format;
+    bool has_mark = r->end >= 3 && memcmp(r->buffer, "\xEF\xBB\xBF", 3) == 0;
+    if (has_mark && r->format <= FORMAT_TEXT) r->begin = 3;
+}
+
+void reader_close(Reader *r) {
+    if (r->file != STDIN_FILENO) close(r->file);
+}
+
+bool is_blank_char(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
+
+typedef enum { STRING_CLOSED, STRING_OPEN, STRING_BROKEN } StringEnd;
+
+// Looks for the end of the string that begins at s[at]: *end is one past its quote, or a line break, which a JSON string can't have.
+StringEnd find_string_end(const char *s, size_t at, size_t len, size_t *end) {
+    for (at++; at < len; at++) {
+        *end = at;
+        if (s[at] == '"') return ++*end, STRING_CLOSED;
+        if (s[at] == '\n') return STRING_BROKEN;
+        if (s[at] == '\\' && at + 1 < len && s[at + 1] != '\n') at++;
+    }
+    *end = len;
+    return STRING_OPEN;
+}
+
+// Length of the record that begins at s[0] with { or ", 0 if more bytes are needed. One broken record must not take others with it:
+// a { where none can stand, or a line that begins at the record's column (or left of it) with the record's own first key, is the next
+// record, and this one was cut off. With a line break inside a string, the reader is lost until a line looks like a record again.
+size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
+    bool is_object[JSON_MAX_DEPTH + 1], line_begins = false;
+    int depth = 0;
+    size_t key = 1, i = 0, line_at = 0, end;
+    char previous = 0;
+    while (key < len && is_blank_char(s[key])) key++;
+    if (key == len || s[0] != '{' || s[key] != '"' || find_string_end(s, key, len, &key) != STRING_CLOSED) key = 0;
+    for (; i < len && i < MAX_RECORD; i++) {
+        char c = s[i];
+        if (is_blank_char(c)) {
+            if (c == '\n') line_begins = true, line_at = i + 1;
+            continue;
+        }
+        int inner = depth < JSON_MAX_DEPTH ? depth : JSON_MAX_DEPTH;
+        if (c == '"') {
+            StringEnd state = find_string_end(s, i, len, &end);
+            i = state == STRING_CLOSED ? end - 1 : end;
+            if (state != STRING_CLOSED) break;
+        } else if (c == '{' || c == '[') {
+            bool misplaced = c == '{' && depth > 0 && is_object[inner] && previous != ':';
+            bool repeated = c == '{' && line_begins && key > 0 && i - line_at <= r->column && len - i >= key && memcmp(s + i, s, key) == 0;
+            if (misplaced || repeated) return *problem = "it is cut off", i;
+            is_object[++depth <= JSON_MAX_DEPTH ? depth : JSON_MAX_DEPTH] = c == '{';
+        } else if ((c == '}' || c == ']') && depth > 0) depth--;
+        if (depth == 0) return i + 1;
+        previous = c;
+        line_begins = false;
+    }
+    if (i == len && !r->at_end && len < MAX_RECORD) return 0;
+    r->lost = true;
+    r->lost_column = r->column;
+    *problem = i >= MAX_RECORD ? "it is longer than 64 MB" : i < len ? "line break inside a string" : "the file ends inside it";
+    return i;
+}
+
+// Goes to the next line that can begin a record. False: it may come with more bytes.
+bool json_resync(Reader *r) {
+    while (r->begin < r->end) {
+        const char *s = r->buffer + r->begin, *newline = (const char *)memchr(s, '\n', r->end - r->begin);
+        size_t rest = r->end - r->begin, line = newline ? (size_t)(newline - s) + 1 : rest, first = line;
+        while (first < rest && (s[first] == ' ' || s[first] == '\t')) first++;
+        if (first == rest && !r->at_end) return reader_advance(r, newline ? line - 1 : rest), false;
+        reader_advance(r, line);
+        if (first < rest && s[first] == '{' && first - line <= r->lost_column) break;
+    }
+    r->lost = false;
+    return true;
+}
+
+// JSON lines, several values on a line, pretty-printed values and arrays of values are all the same here: values, and commas and
+// brackets of arrays between them.
+bool next_json(Reader *r, Record *record) {
+    if (r->lost && !json_resync(r)) return false;
+    const char *s = r->buffer + r->begin, *start = s;
+    size_t len = r->end - r->begin, n;
+    for (; len > 0; s++, len--) {
+        if (len >= 3 && memcmp(s, "\xEF\xBB\xBF", 3) == 0) s += 2, len -= 2;       // files were joined
+        else if (*s == '[' || *s == ']') r->open_arrays += *s == '[' ? 1 : -1;
+        else if (*s != ',' && !is_blank_char(*s)) break;
+    }
+    reader_advance(r, (size_t)(s - start));
+    record->text = s;
+    record->line = r->line;
+    record->problem = NULL;
+    if (len == 0) {
+        record->len = 0;
+        record->problem = "the file ends before its array does";
+        bool cut = r->at_end && r->open_arrays > 0;
+        r->open_arrays = 0;
+        return cut;
+    }
+    if (*s == '{' || *s == '"') n = json_extent(r, s, len, &record->problem);
+    else {                                                           // a number, a word, garbage
+        for (n = 0; n < len && (isalnum((unsigned char)s[n]) || strchr("+-._", s[n])) && s[n]; n++) {}
+        if (n < len && s[n] != ',' && s[n] != ']') while (n < len && s[n] != '\n') n++;
+        if (n == len && !r->at_end && len < MAX_RECORD) n = 0;
+    }
+    record->len = n;
+    reader_advance(r, n);
+    return n > 0;
+}
+
+bool is_blank(const char *s, size_t len) {
+    while (len > 0 && is_blank_char(s[len - 1])) len--;
+    return len == 0;
+}
+
+// Plain text: documents end at blank lines.
+bool next_text(Reader *r, Record *record) {
+    for (;;) {
+        const char *s = r->buffer + r->begin, *newline;
+        size_t len = r->end - r->begin, at = 0, line;
+        for (;; at += line) {
+            newline = (const char *)memchr(s + at, '\n', len - at);
+            if (!newline && !r->at_end && len < MAX_RECORD) return false;
+            line = newline ? (size_t)(newline - s) + 1 - at : len - at;
+            if (line == 0 || is_blank(s + at, line)) break;
+            if (at > 0 && at + line > TEXT_BYTES) break;
+            if (line > TEXT_BYTES) {                                 // one endless line: cut it between characters
+                line = TEXT_BYTES;
+                while (line > 0 && (s[line] & 0xC0) == 0x80) line--;
+                at = line > 0 ? line : TEXT_BYTES;
+                break;
+            }
+        }
+        if (at == 0 && line == 0) return false;                      // the end
+        record->text = s;
+        record->line = r->line;
+        record->len = at;
+        record->problem = NULL;
+        reader_advance(r, at > 0 ? at : line);
+        while (record->len > 0 && is_blank_char(s[record->len - 1])) record->len--;
+        if (record->len > 0) return true;
+    }
+}
+
+// `tokenize --jsonl`: lines, also empty ones.
+bool next_line(Reader *r, Record *record) {
+    const char *s = r->buffer + r->begin, *newline = (const char *)memchr(s, '\n', r->end - r->begin);
+    size_t rest = r->end - r->begin;
+    if (!newline && (!r->at_end || rest == 0)) return false;
+    record->text = s;
+    record->len = newline ? (size_t)(newline - s) : rest;
+    record->line = r->line;
+    record->problem = NULL;
+    reader_advance(r, newline ? record->len + 1 : rest);
+    return true;
+}
+
+// `tokenize`: pieces that can be encoded one by one. Between a line end and a letter there is always a border, for the splitter's
+// pattern as for NFC, as long as the letter is none that joins to what is before it.
+bool next_chunk(Reader *r, Record *record) {
+    const char *s = r->buffer + r->begin;
+    size_t rest = r->end - r->begin, stop = CHUNK_BYTES;
+    for (const char *newline = s; stop < rest && newline; ) {
+        newline = (const char *)memchr(s + stop, '\n', rest - stop);
+        stop = newline ? (size_t)(newline - s) + 1 : rest;
+        uint32_t c;
+        if (stop < rest && utf8_decode(s + stop, rest - stop, &c) > 0 && unicode_bits(c) == CLASS_LETTER) break;
+    }
+    if (stop >= rest && (!r->at_end || rest == 0)) return false;
+    record->text = s;
+    record->len = stop < rest ? stop : rest;
+    record->line = r->line;
+    record->problem = NULL;
+    reader_advance(r, record->len);
+    return true;
+}
+
+// The next records of the file; they stay valid until the next call. Their number; 0 at the end of the file.
+size_t read_batch(Reader *r, Records *batch) {
+    static bool (*const next[])(Reader *, Record *) = {next_json, next_text, next_line, next_chunk};
+    Record record;
+    for (batch->count = 0;; reader_fill(r)) {
+        while (next[r->format](r, &record)) {
+            if (batch->count == batch->capacity) {
+                batch->capacity = 2 * batch->capacity + 1024;
+                batch->list = (Record *)xrealloc(batch->list, batch->capacity * sizeof(Record));
+            }
+            batch->list[batch->count++] = record;
+        }
+        if (batch->count > 0 || r->at_end) return batch->count;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 3. Records to documents. This runs in parallel, one record a call; nothing here may depend on other records.
+
+typedef enum {
+    KEPT, BAD_JSON, BAD_UTF8, BAD_SURROGATE, HAS_NUL, NO_FIELD, NULL_FIELD, WRONG_TYPE, EMPTY_TEXT, UNKNOWN_ROLE, NO_ANSWER,
+    DUPLICATE, TOO_SHORT, TOO_LONG, NUM_REASONS
+} Reason;                                        // up to NO_ANSWER: bad records, which --strict doesn't allow
+static const char *const REASONS[] = {
+    "", "malformed JSON", "invalid UTF-8", "lone surrogate", "NUL character", "missing field", "null field", "wrong type", "empty text",
+    "unknown role", "no answer", "duplicate", "below --min-chars", "above --max-chars",
+};
+
+typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, NUM_ROLES } Role;
+static const char *const ROLES[] = {"system", "user", "assistant"};
+
+typedef struct {
+    const Tokenizer *tokenizer;
+    Task task;
+    uint32_t end_id;
+    TokenList roles[NUM_ROLES], newline;         // their tokens, TOKEN_NO_LOSS set
+} Encoder;
+
+typedef struct {
+    Reason reason;
+    const char *detail;                          // the field's name, or the parser's message
+    TokenList tokens;                            // with flags; dpo: chosen and rejected, one behind the other
+    uint64_t hash;                               // of the text
+    size_t chars;
+} Doc;
+
+typedef struct { Role role; const char *text; size_t len; } Message;
+typedef struct { Message *list; int count, capacity; char *joined; } Conversation;      // joined: memory of instruction + input
+
+bool refuse(Doc *d, Reason reason, const char *detail) {
+    d->reason = reason;
+    d->detail = detail;
+    return false;
+}
+
+void encode(const Encoder *e, const char *text, size_t len, uint32_t flags, TokenList *out) {
+    size_t from = out->count;
+    tokenizer_encode(e->tokenizer, text, len, SPECIALS_AS_TEXT, out);
+    for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
+}
+
+void push_all(TokenList *out, const TokenList *list) {
+    for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i]);
+}
+
+Encoder encoder_make(const Tokenizer *t, Task task) {
+    Encoder e;
+    memset(&e, 0, sizeof e);
+    e.tokenizer = t;
+    e.task = task;
+    const Special *end = special_find(t, prep.eos);
+    CHECK(end != NULL, "--eos %s is no special token here (the tokenizer has the set '%s'); choose another --eos or --special", prep.eos, t->special_set);
+    e.end_id = end->id;
+    CHECK(task == TASK_PRETRAIN || prep.chat_template != TEMPLATE_CHATML || (t->im_start >= 0 && t->im_end >= 0),
+          "--template chatml needs <|im_start|> and <|im_end|>, which the set '%s' has not", t->special_set);
+    for (int r = 0; r < NUM_ROLES; r++) encode(&e, ROLES[r], strlen(ROLES[r]), TOKEN_NO_LOSS, &e.roles[r]);
+    encode(&e, "\n", 1, TOKEN_NO_LOSS, &e.newline);
+    return e;
+}
+
+// Counts and checks one text of a document.
+bool add_text(Doc *d, const char *text, size_t len, const char *field) {
+    if (memchr(text, 0, len)) return refuse(d, HAS_NUL, field);
+    if (split_skip(text, 0, len, CLASS_SPACE) == len) return refuse(d, EMPTY_TEXT, field);
+    for (size_t i = 0; i < len; i++) d->chars += (text[i] & 0xC0) != 0x80;
+    d->hash = fnv1a(fnv1a(d->hash, "", 1), text, len);                     // the NUL separates texts
+    return true;
+}
+
+bool check_length(Doc *d) {
+    if (d->chars < (size_t)prep.min_chars) return refuse(d, TOO_SHORT, "");
+    return prep.max_chars == 0 || d->chars <= (size_t)prep.max_chars || refuse(d, TOO_LONG, "");
+}
+
+const Json *first_of(const Json *record, const char *const *keys, const char **key) {
+    const Json *found = NULL;
+    for (; *keys && !found; keys++) found = json_get(record, *key = *keys);
+    return found;
+}
+
+bool is_string(Doc *d, const Json *value, const char *field) {
+    if (!value) return refuse(d, NO_FIELD, field);
+    if (value->type == JSON_NULL) return refuse(d, NULL_FIELD, field);
+    return value->type == JSON_STRING || refuse(d, WRONG_TYPE, field);
+}
+
+// 3a. Pretraining: text + end.
+
+typedef struct { char *data; size_t size, capacity; } Text;
+
+// Appends a part on a line of its own; missing, null and empty parts are left out.
+bool add_line(Text *t, Doc *d, const Json *part, const char *field) {
+    if (!part || part->type == JSON_NULL || (part->type == JSON_STRING && part->len == 0)) return true;
+    if (!is_string(d, part, field)) return false;
+    if (t->size + part->len + 2 > t->capacity) {
+        t->capacity = 2 * (t->size + part->len + 2);
+        t->data = (char *)xrealloc(t->data, t->capacity);
+    }
+    if (t->size > 0) t->data[t->size++] = '\n';
+    memcpy(t->data + t->size, part->text, part->len);
+    t->size += part->len;
+    return true;
+}
+
+// Encyclopedia articles (Baidu Baike's crawl, MNBVC): the title and the parts, a line each.
+bool article_text(Doc *d, const Json *record, Text *t) {
+    static const char *const lists[] = {"sections", "段落", NULL};
+    const char *field = "";
+    const Json *list = first_of(record, lists, &field);
+    if (!add_line(t, d, json_get(record, "title"), "title") || !add_line(t, d, json_get(record, "summary"), "summary")) return false;
+    if (list && list->type != JSON_ARRAY && list->type != JSON_NULL) return refuse(d, WRONG_TYPE, field);
+    for (const Json *part = list ? list->child : NULL; part; part = part->next) {
+        if (part->type != JSON_OBJECT && part->type != JSON_NULL) return refuse(d, WRONG_TYPE, field);
+        if (!add_line(t, d, json_get(part, "title"), "title") || !add_line(t, d, json_get(part, "content"), "content")) return false;
+        if (!add_line(t, d, json_get(part, "内容"), "内容")) return false;
+    }
+    return true;
+}
+
+static const char *const TEXT_FIELDS[] = {"text", "completion", "content", NULL};
+static const char *const ARTICLE_FIELDS[] = {"段落", "sections", "summary", NULL};
+
+void encode_text(const Encoder *e, Doc *d, const char *text, size_t len, const char *field) {
+    if (!add_text(d, text, len, field) || !check_length(d)) return;
+    encode(e, text, len, 0, &d->tokens);
+    token_list_push(&d->tokens, e->end_id);
+    d->tokens.ids[0] |= TOKEN_DOC_START;
+}
+
+void encode_pretrain(const Encoder *e, Doc *d, const Json *record) {
+    const char *field = prep.field, *article_field;
+    const Json *value = record;
+    Text article = {NULL, 0, 0};
+    if (prep.field[0]) {
+        value = json_get(record, field);
+        if (!value) value = json_at(record, field);
+    } else if (record->type == JSON_OBJECT) {
+        value = first_of(record, TEXT_FIELDS, &field);
+        if (!value && first_of(record, ARTICLE_FIELDS, &article_field)) {
+            if (article_text(d, record, &article)) encode_text(e, d, article.data ? article.data : "", article.size, "title, parts");
+            free(article.data);
+            return;
+        }
+        if (!value) field = "text";
+    }
+    if (is_string(d, value, field)) encode_text(e, d, value->text, value->len, field);
+}
+
+// 3b. Conversations.
+
+void push_message(Conversation *c, Role role, const char *text, size_t len) {
+    if (c->count == c->capacity) {
+        c->capacity = 2 * c->capacity + 8;
+        c->list = (Message *)xrealloc(c->list, (size_t)c->capacity * sizeof(Message));
+    }
+    Message m = {role, text, len};
+    c->list[c->count++] = m;
+}
+
+bool add_message(Doc *d, Conversation *c, Role role, const char *text, size_t len, const char *field) {
+    if (!add_text(d, text, len, field)) return false;
+    push_message(c, role, text, len);
+    return true;
+}
+
+// {"from": "human", "value": ...} or {"role": "user", "content": ...}
+bool add_message_json(Doc *d, Conversation *c, const Json *message) {
+    static const char *const who[] = {"role", "from", NULL}, *const what[] = {"content", "value", NULL};
+    static const char *const names[NUM_ROLES][5] = {{"system"}, {"user", "human"}, {"assistant", "gpt", "bot", "chatgpt", "model"}};
+    const char *role_field = "role", *text_field = "content";
+    if (message->type != JSON_OBJECT) return refuse(d, WRONG_TYPE, "message");
+    const Json *role = first_of(message, who, &role_field), *text = first_of(message, what, &text_field);
+    if (!is_string(d, role, role ? role_field : "role") || !is_string(d, text, text ? text_field : "content")) return false;
+    for (int r = 0; r < NUM_ROLES; r++) {
+        for (int i = 0; i < 5 && names[r][i]; i++) {
+            if (strcasecmp(role->text, names[r][i]) != 0) continue;
+            bool is_empty_system = r == ROLE_SYSTEM && text->len == 0;
+            return is_empty_system || add_message(d, c, (Role)r, text->text, text->len, text_field);
+        }
+    }
+    return refuse(d, UNKNOWN_ROLE, role_field);
+}
+
+// A string, a message, or a list of messages.
+bool add_messages(Doc *d, Conversation *c, const Json *value, Role role_of_string, const char *field) {
+    if (value && value->type == JSON_OBJECT) return add_message_json(d, c, value);
+    if (!value || value->type != JSON_ARRAY) {
+        return is_string(d, value, field) && add_message(d, c, role_of_string, value->text, value->len, field);
+    }
+    for (const Json *m = value->child; m; m = m->next) if (!add_message_json(d, c, m)) return false;
+    return true;
+}
+
+static const char *const LIST_FIELDS[] = {"messages", "conversations", NULL};
+static const char *const PROMPT_FIELDS[] = {"instruction", "prompt", "question", "query", NULL};
+static const char *const ANSWER_FIELDS[] = {"output", "response", "answer", "completion", NULL};
+static const char *const REJECTED_FIELDS[] = {"rejected", "reject", NULL};
+
+// What the user says: a list of messages, or system, history [[question, answer], ...], instruction and input.
+bool add_prompt(Doc *d, Conversation *c, const Json *record) {
+    const char *field = PROMPT_FIELDS[0];
+    const Json *list = first_of(record, LIST_FIELDS, &field), *system = json_get(record, "system");
+    const Json *prompt = list ? list : first_of(record, PROMPT_FIELDS, &field), *input = json_get(record, "input");
+    if (list && list->type != JSON_ARRAY) return refuse(d, list->type == JSON_NULL ? NULL_FIELD : WRONG_TYPE, field);
+    if (!prompt) field = PROMPT_FIELDS[0];
+    if (system && system->type == JSON_STRING && system->len > 0 && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
+    const Json *history = list ? NULL : json_get(record, "history");
+    for (const Json *turn = history ? history->child : NULL; turn; turn = turn->next) {
+        const Json *question = turn->child, *answer = question ? question->next : NULL;
+        if (!is_string(d, question, "history") || !is_string(d, answer, "history")) return false;
+        if (!add_message(d, c, ROLE_USER, question->text, question->len, "history")) return false;
+        if (!add_message(d, c, ROLE_ASSISTANT, answer->text, answer->len, "history")) return false;
+    }
+    if (!input || input->type != JSON_STRING || input->len == 0 || !prompt || prompt->type != JSON_STRING) {
+        if (input && input->type != JSON_STRING && input->type != JSON_NULL) return refuse(d, WRONG_TYPE, "input");
+        return add_messages(d, c, prompt, ROLE_USER, field);
+    }
+    size_t len = prompt->len + 1 + input->len;
+    free(c->joined);
+    c->joined = (char *)xmalloc(len + 1);
+    memcpy(c->joined, prompt->text, prompt->len);
+    c->joined[prompt->len] = '\n';
+    memcpy(c->joined + prompt->len + 1, input->text, input->len + 1);
+    return add_message(d, c, ROLE_USER, c->joined, len, field);
+}
+
+// ChatML:   <|im_start|>role \n content <|im_end|>, then \n before the next message.
+// The special tokens come from here alone; content is always text. Role, \n and content are encoded one by one, as Qwen's chat code does,
+// so content that begins with \n is not merged with the template's \n.
+// MINI_LLM: ##提问:\n content \n##回答:\n answer end.      none: content, answer end.
+// Loss counts on the answers from message `first_trained` on, each with its end marker, and on nothing else.
+void encode_conversation(const Encoder *e, const Conversation *c, int first_trained, TokenList *out) {
+    const Tokenizer *t = e->tokenizer;
+    size_t begin = out->count;
+    for (int i = 0; i < c->count; i++) {
+        const Message *m = &c->list[i];
+        uint32_t flags = m->role == ROLE_ASSISTANT && i >= first_trained ? 0 : TOKEN_NO_LOSS;
+        if (prep.chat_template == TEMPLATE_CHATML) {
+            if (i > 0) push_all(out, &e->newline);
+            token_list_push(out, (uint32_t)t->im_start | TOKEN_NO_LOSS);
+            push_all(out, &e->roles[m->role]);
+            push_all(out, &e->newline);
+            encode(e, m->text, m->len, flags, out);
+            token_list_push(out, (uint32_t)t->im_end | flags);
+            continue;
+        }
+        bool dressed = m->role == ROLE_USER && prep.chat_template == TEMPLATE_MINI_LLM;
+        if (dressed) encode(e, "##提问:\n", strlen("##提问:\n"), TOKEN_NO_LOSS, out);
+        encode(e, m->text, m->len, flags, out);
+        if (dressed) encode(e, "\n##回答:\n", strlen("\n##回答:\n"), TOKEN_NO_LOSS, out);
+        if (m->role == ROLE_SYSTEM) push_all(out, &e->newline);
+        if (m->role == ROLE_ASSISTANT) token_list_push(out, e->end_id | flags);
+    }
+    if ((out->ids[out->count - 1] & TOKEN_ID_MASK) != e->end_id) token_list_push(out, e->end_id | TOKEN_NO_LOSS);
+    out->ids[begin] |= TOKEN_DOC_START;
+}
+
+// Ends the conversation with its last answer, and puts --system before it.
+bool finish_conversation(Doc *d, Conversation *c) {
+    while (c->count > 0 && c->list[c->count - 1].role != ROLE_ASSISTANT) c->count--;
+    if (c->count == 0) return refuse(d, NO_ANSWER, "");
+    if (prep.system[0] == 0 || c->list[0].role == ROLE_SYSTEM) return true;
+    push_message(c, ROLE_SYSTEM, prep.system, strlen(prep.system));
+    Message system = c->list[c->count - 1];
+    memmove(c->list + 1, c->list, (size_t)(c->count - 1) * sizeof(Message));
+    c->list[0] = system;
+    return true;
+}
+
+void encode_sft(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
+    const char *field;
+    bool is_list = first_of(record, LIST_FIELDS, &field) != NULL;
+    if (!add_prompt(d, c, record)) return;
+    if (!is_list) {
+        const Json *answer = first_of(record, ANSWER_FIELDS, &field);
+        if (!answer) field = ANSWER_FIELDS[0];
+        if (!is_string(d, answer, field) || !add_message(d, c, ROLE_ASSISTANT, answer->text, answer->len, field)) return;
+    }
+    if (finish_conversation(d, c) && check_length(d)) encode_conversation(e, c, 0, &d->tokens);
+}
+
+// One side of a pair. An answer given as a list of messages may hold the prompt too (then it doesn't begin with the assistant).
+bool encode_side(const Encoder *e, Doc *d, const Json *record, const Json *answer, const char *field, Conversation *c) {
+    c->count = 0;
+    if (!add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
+    if (c->count == 0 || c->list[0].role == ROLE_ASSISTANT) {
+        c->count = 0;
+        if (!add_prompt(d, c, record) || !add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
+    }
+    if (!finish_conversation(d, c)) return false;
+    encode_conversation(e, c, c->count - 1, &d->tokens);
+    return true;
+}
+
+void encode_dpo(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
+    const char *field = "rejected";
+    const Json *rejected = first_of(record, REJECTED_FIELDS, &field);
+    if (!rejected) field = "rejected";
+    if (encode_side(e, d, record, json_get(record, "chosen"), "chosen", c) && encode_side(e, d, record, rejected, field, c)) check_length(d);
+}
+
+Task detect_task(const Json *record) {
+    const char *field;
+    if (prep.field[0]) return TASK_PRETRAIN;
+    if (json_get(record, "chosen") && first_of(record, REJECTED_FIELDS, &field)) return TASK_DPO;
+    if (first_of(record, LIST_FIELDS, &field)) return TASK_SFT;
+    return first_of(record, PROMPT_FIELDS, &field) && first_of(record, ANSWER_FIELDS, &field) ? TASK_SFT : TASK_PRETRAIN;
+}
+
+// 3c. Any record.
+
+void encode_json(const Encoder *e, Doc *d, const char *text, size_t len) {
+    JsonError error;
+    Json *json = json_parse(text, len, &error);
+    if (!json) {
+        bool surrogate = strcmp(error.message, "lone surrogate") == 0, utf8 = strcmp(error.message, "invalid UTF-8") == 0;
+        refuse(d, surrogate ? BAD_SURROGATE : utf8 ? BAD_UTF8 : BAD_JSON, surrogate || utf8 ? "" : error.message);
+        return;
+    }
+    Conversation c = {NULL, 0, 0, NULL};
+    bool is_object = json->type == JSON_OBJECT;
+    if (!is_object && (e->task != TASK_PRETRAIN || json->type != JSON_STRING)) refuse(d, WRONG_TYPE, "the record is no object");
+    else if (e->task == TASK_PRETRAIN) encode_pretrain(e, d, json);
+    else if (e->task == TASK_SFT) encode_sft(e, d, json, &c);
+    else encode_dpo(e, d, json, &c);
+    free(c.list);
+    free(c.joined);
+    json_free(json);
+}
+
+void encode_plain(const Encoder *e, Doc *d, const char *text, size_t len) {
+    uint32_t c;
+    int n;
+    for (size_t i = 0; i < len; i += (size_t)n) {
+        if ((n = utf8_decode(text + i, len - i, &c)) < 0) { refuse(d, BAD_UTF8, ""); return; }
+    }
+    char *copy = (char *)xmalloc(len + 1);
+    size_t size = 0;
+    for (size_t i = 0; i < len; i++) if (text[i] != '\r' || (i + 1 < len && text[i + 1] != '\n')) copy[size++] = text[i];
+    encode_text(e, d, copy, size, "");
+    free(copy);
+}
+
+void encode_record(const Encoder *e, Format format, const Record *record, Doc *d) {
+    memset(d, 0, sizeof *d);
+    d->hash = FNV_START;
+    if (record->problem) refuse(d, BAD_JSON, record->problem);
+    else if (format == FORMAT_TEXT) encode_plain(e, d, record->text, record->len);
+    else encode_json(e, d, record->text, record->len);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 4. Token files. All are written as NAME.tmp and get their names at the very end, when nothing can fail any more.
+
+typedef struct { AtomicFile out; uint64_t tokens, documents; } TokenFile;
+
+typedef struct {
+    TokenFile *files;                            // train shards in order, and val anywhere
+    int count, train, val;                       // indices of the files being written; -1: none yet
+    int num_shards;
+} Output;
+static Output output = {NULL, 0, -1, -1, 0};
+
+// At exit: what has not got its name by then is an unfinished file.
+void remove_unfinished(void) {
+    for (int i = 0; i < output.count; i++) if (output.files[i].out.temporary) unlink(output.files[i].out.temporary);
+}
+
+int output_open(const char *path) {
+    TokenFileHeader none;                        // zeros, until the counts are known
+    memset(&none, 0, sizeof none);
+    output.files = (TokenFile *)xrealloc(output.files, (size_t)(output.count + 1) * sizeof(TokenFile));
+    TokenFile *f = &output.files[output.count];
+    memset(f, 0, sizeof *f);
+    f->out = open_atomic(path);
+    setvbuf(f->out.file, NULL, _IOFBF, 1 << 20);
+    fwrite(&none, sizeof none, 1, f->out.file);
+    return output.count++;
+}
+
+void output_write(bool is_val, const Doc *d, Task task) {
+    int *at = is_val ? &output.val : &output.train;
+    uint64_t room = (uint64_t)prep.shard_tokens;
+    if (!is_val && room > 0 && *at >= 0 && output.files[*at].tokens + d->tokens.count > room) *at = -1;
+    if (*at < 0) {
+        const char *path = is_val ? path_of("%s/val.bin", prep.out) : room == 0 ? path_of("%s/train.bin", prep.out)
+                         : path_of("%s/train_%05d.bin", prep.out, output.num_shards);
+        output.num_shards += !is_val;
+        *at = output_open(path);
+    }
+    TokenFile *f = &output.files[*at];
+    fwrite(d->tokens.ids, sizeof(uint32_t), d->tokens.count, f->out.file);
+    f->tokens += d->tokens.count;
+    f->documents += task == TASK_DPO ? 2 : 1;
+}
+
+// Everything up to the operating system; a full disk shows here at the latest.
+void output_flush(void) {
+    for (int i = 0; i < output.count; i++) {
+        FILE *f = output.files[i].out.file;
+        CHECK(!ferror(f) && fflush(f) == 0, "cannot write %s: %s", output.files[i].out.path, strerror(errno));
+    }
+}
+
+// The tokens of an unfinished file, mapped into memory; changes go to the file.
+uint32_t *output_map(const TokenFile *f) {
+    int file = open(f->out.temporary, O_RDWR);
+    CHECK(file >= 0, "cannot open %s: %s", f->out.temporary, strerror(errno));
+    void *map = mmap(NULL, sizeof(TokenFileHeader) + f->tokens * 4, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    CHECK(map != MAP_FAILED, "cannot map %s: %s", f->out.temporary, strerror(errno));
+    close(file);
+    return (uint32_t *)((char *)map + sizeof(TokenFileHeader));
+}
+
+void output_unmap(const TokenFile *f, uint32_t *tokens) {
+    munmap((char *)tokens - sizeof(TokenFileHeader), sizeof(TokenFileHeader) + f->tokens * 4);
+}
+
+void output_renumber(const uint32_t *new_id) {
+    for (int k = 0; k < output.count; k++) {
+        uint32_t *tokens = output_map(&output.files[k]);
+        int64_t n = (int64_t)output.files[k].tokens;
+        #pragma omp parallel for
+        for (int64_t i = 0; i < n; i++) tokens[i] = (tokens[i] & ~(uint32_t)TOKEN_ID_MASK) | new_id[tokens[i] & TOKEN_ID_MASK];
+        output_unmap(&output.files[k], tokens);
+    }
+}
+
+void output_header(const TokenFile *f, const Encoder *e, float bigram_loss) {
+    TokenFileHeader h;
+    memset(&h, 0, sizeof h);
+    memcpy(h.magic, TOKEN_FILE_MAGIC, 8);
+    h.version = TOKEN_FILE_VERSION;
+    h.task = (uint32_t)e->task;
+    h.num_tokens = f->tokens;
+    h.num_documents = f->documents;
+    h.vocab_size = (uint32_t)e->tokenizer->vocab_size;
+    h.end_id = e->end_id;
+    h.tokenizer_hash = e->tokenizer->hash;
+    snprintf(h.special_set, sizeof h.special_set, "%s", e->tokenizer->special_set);
+    h.bigram_loss = bigram_loss;
+    CHECK(fseek(f->out.file, 0, SEEK_SET) == 0, "cannot write %s: %s", f->out.path, strerror(errno));
+    fwrite(&h, sizeof h, 1, f->out.file);
+}
+
+// Token files of an earlier run that this one didn't replace: the trainer would mix them with the new ones.
+void remove_stale(void) {
+    glob_t found;
+    for (int pass = 0; pass < 2; pass++) {
+        if (glob(path_of(pass ? "%s/val.bin" : "%s/train*.bin", prep.out), 0, NULL, &found) != 0) continue;
+        for (size_t i = 0; i < found.gl_pathc; i++) {
+            const char *path = found.gl_pathv[i], *name = path + strlen(prep.out) + 1;
+            bool is_new = false, is_ours = strcmp(name, "train.bin") == 0 || strncmp(name, "train_", 6) == 0 || pass == 1;
+            for (int k = 0; k < output.count; k++) is_new |= strcmp(output.files[k].out.path, path) == 0;
+            if (is_ours && !is_new && unlink(path) == 0) printf("removed %s, left by an earlier run\n", path);
+        }
+        globfree(&found);
+    }
+}
+
+// The files get their names. Old ones go first: a kill in between leaves fewer files, but none that don't belong together.
+void output_finish(const Encoder *e, float bigram_loss) {
+    for (int i = 0; i < output.count; i++) output_header(&output.files[i], e, i == output.val ? bigram_loss : 0);
+    output_flush();
+    remove_stale();
+    tokenizer_save_bin(e->tokenizer, path_of("%s/tokenizer.bin", prep.out));
+    for (int i = 0; i < output.count; i++) {
+        char *path = strdup(output.files[i].out.path);
+        close_atomic(&output.files[i].out);
+        output.files[i].out.temporary = NULL;
+        output.files[i].out.path = path;
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 5. The bigram baseline: what a table of neighbours reaches on val.bin. A trained model must be better.
+//
+//    p(n | p) = (count(p, n) + a p1(n)) / (count(p) + a),    p1(n) = (count(n) + 1) / (N + V)
+//
+//    Counts are of the training tokens; a is the best of a few values for val.bin itself, which favours the baseline.
+//    Only the pairs that val.bin has are counted, so the memory follows val.bin, not the corpus.
+
+enum { BIGRAM_VOCAB = 16384 };                   // a pair p * V + n fits 28 bits
+
+typedef struct { uint32_t pair, in_val, in_train; } PairCount;              // in_val 0: an empty slot
+typedef struct { PairCount *slots; uint32_t size, used; } PairTable;        // size: a power of two
+
+PairCount *pair_count(const PairTable *t, uint32_t pair) {
+    uint32_t i = (uint32_t)(mix64(pair) & (t->size - 1));
+    while (t->slots[i].in_val > 0 && t->slots[i].pair != pair) i = (i + 1) & (t->size - 1);
+    return &t->slots[i];
+}
+
+void pair_add(PairTable *t, uint32_t pair) {
+    if (2 * t->used >= t->size) {
+        PairTable bigger = {(PairCount *)xcalloc(2 * (size_t)t->size, sizeof(PairCount)), 2 * t->size, t->used};
+        for (uint32_t i = 0; i < t->size; i++) if (t->slots[i].in_val) *pair_count(&bigger, t->slots[i].pair) = t->slots[i];
+        free(t->slots);
+        *t = bigger;
+    }
+    PairCount *slot = pair_count(t, pair);
+    if (slot->in_val++ == 0) slot->pair = pair, t->used++;
+}
+
+// Counts one training file into the pairs of val, count (how often a token is there) and before (how often one follows it).
+void bigram_count(const PairTable *pairs, const TokenFile *f, uint32_t V, uint64_t *count, uint64_t *before) {
+    uint32_t *tokens = output_map(f);
+    int64_t n = (int64_t)f->tokens;
+    #pragma omp parallel for
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t id = tokens[i] & TOKEN_ID_MASK, next = i + 1 < n ? tokens[i + 1] & TOKEN_ID_MASK : 0;
+        #pragma omp atomic
+        count[id]++;
+        if (i + 1 == n) continue;
+        #pragma omp atomic
+        before[id]++;
+        PairCount *slot = pair_count(pairs, id * V + next);
+        if (slot->in_val == 0) continue;
+        #pragma omp atomic
+        slot->in_train++;
+    }
+    output_unmap(f, tokens);
+}
+
+// Mean nats per token of val.bin, its first excepted; 0 if there is nothing to count.
+float bigram_loss(uint32_t V) {
+    if (output.val < 0 || output.count < 2 || output.files[output.val].tokens < 2) return 0;
+    const TokenFile *val = &output.files[output.val];
+    PairTable pairs = {(PairCount *)xcalloc(1 << 16, sizeof(PairCount)), 1 << 16, 0};
+    uint32_t *tokens = output_map(val);
+    for (uint64_t i = 1; i < val->tokens; i++) pair_add(&pairs, (tokens[i - 1] & TOKEN_ID_MASK) * V + (tokens[i] & TOKEN_ID_MASK));
+    output_unmap(val, tokens);
+    uint64_t *count = (uint64_t *)xcalloc(V, 8), *before = (uint64_t *)xcalloc(V, 8), N = 0;
+    for (int k = 0; k < output.count; k++) {
+        if (k == output.val) continue;
+        bigram_count(&pairs, &output.files[k], V, count, before);
+        N += output.files[k].tokens;
+    }
+    double best = INFINITY;
+    for (double a = 1.0 / 16; a < 1e5; a *= 1.25) {
+        double sum = 0;
+        for (uint32_t i = 0; i < pairs.size; i++) {
+            const PairCount *s = &pairs.slots[i];
+            if (s->in_val == 0) continue;
+            double p1 = (double)(count[s->pair % V] + 1) / (double)(N + V);
+            sum -= s->in_val * log((s->in_train + a * p1) / ((double)before[s->pair / V] + a));
+        }
+        if (sum < best) best = sum;
+    }
+    free(pairs.slots);
+    free(count);
+    free(before);
+    return (float)(best / (double)(val->tokens - 1));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 6. prepare
+
+enum { FIRST_SAMPLES = 32, SAMPLE_BYTES = 4 << 20, REPORTED = 5 };
+
+typedef struct { Format format; Record record; TokenList tokens; } Sample;      // --trim-vocab: to be encoded again
+
+typedef struct {
+    Encoder encoder;
+    int task;                                    // a Task, or TASK_AUTO until the first record
+    uint64_t documents, records[NUM_REASONS], chars, tokens, trained, longest;
+    uint64_t bytes, total_bytes;                 // read so far; of all files, 0 if one isn't a regular file
+    unsigned char *used;                         // by id
+    uint64_t *seen, num_seen, seen_size;         // --dedup: hashes, open addressing, 0 empty
+    Sample *samples;
+    int num_samples;
+    size_t sample_bytes;
+    double began, last_line;
+} Preparation;
+
+uint64_t *seen_slot(const Preparation *run, uint64_t hash) {
+    uint64_t i = mix64(hash) & (run->seen_size - 1);
+    while (run->seen[i] != 0 && run->seen[i] != hash) i = (i + 1) & (run->seen_size - 1);
+    return &run->seen[i];
+}
+
+// Is it new? 64 bits: among 100 million documents, the chance that two different ones share a hash is 0.03 %.
+bool is_first(Preparation *run, uint64_t hash) {
+    if (hash == 0) hash = 1;
+    if (4 * run->num_seen >= 3 * run->seen_size) {
+        uint64_t *old = run->seen, old_size = run->seen_size;
+        run->seen_size = old_size ? 2 * old_size : 1 << 16;
+        run->seen = (uint64_t *)xcalloc(run->seen_size, sizeof(uint64_t));
+        for (uint64_t i = 0; i < old_size; i++) if (old[i]) *seen_slot(run, old[i]) = old[i];
+        free(old);
+    }
+    uint64_t *slot = seen_slot(run, hash);
+    if (*slot == hash) return false;
+    *slot = hash;
+    run->num_seen++;
+    return true;
+}
+
+// The share val_fraction of all hashes: a document stays in val.bin whatever else is in the data.
+bool belongs_to_val(uint64_t hash) { return (double)(mix64(hash) >> 11) * 0x1p-53 < prep.val_fraction; }
+
+void report_bad(Preparation *run, const char *path, const Record *record, const Doc *d) {
+    uint64_t bad = 0;
+    for (int r = KEPT + 1; r <= NO_ANSWER; r++) bad += run->records[r];
+    const char *detail = d->detail[0] ? d->detail : "", *open = detail[0] ? " (" : "", *close = detail[0] ? ")" : "";
+    CHECK(!prep.strict, "%s:%" PRIu64 ": %s%s%s%s; --strict stops here, nothing was written", path, record->line, REASONS[d->reason], open, detail, close);
+    if (bad > REPORTED) return;
+    fprintf(stderr, "%s%s:%" PRIu64 ": skipped, %s%s%s%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", path, record->line, REASONS[d->reason],
+            open, detail, close);
+    if (bad == REPORTED) fprintf(stderr, "more like these are only counted\n");
+}
+
+void keep_sample(Preparation *run, Format format, const Record *record, const Doc *d) {
+    bool wanted = run->num_samples < FIRST_SAMPLES || (d->hash & 1023) == 0;
+    if (!prep.trim_vocab || !wanted || run->sample_bytes + record->len > SAMPLE_BYTES) return;
+    if ((run->num_samples & (run->num_samples - 1)) == 0) {
+        run->samples = (Sample *)xrealloc(run->samples, (2 * (size_t)run->num_samples + 1) * sizeof(Sample));
+    }
+    Sample *s = &run->samples[run->num_samples++];
+    char *copy = (char *)xmalloc(record->len + 1);
+    memcpy(copy, record->text, record->len);
+    memset(s, 0, sizeof *s);
+    s->format = format;
+    s->record = *record;
+    s->record.text = copy;
+    push_all(&s->tokens, &d->tokens);
+    run->sample_bytes += record->len;
+}
+
+// One document, in file order.
+void take(Preparation *run, const Reader *r, const Record *record, Doc *d) {
+    if (d->reason == KEPT && prep.dedup && !is_first(run, d->hash)) d->reason = DUPLICATE;
+    run->records[d->reason]++;
+    if (d->reason >= BAD_JSON && d->reason <= NO_ANSWER) report_bad(run, r->path, record, d);
+    if (d->reason != KEPT) return;
+    uint64_t length = 0;
+    for (size_t i = 0; i < d->tokens.count; i++) {
+        uint32_t token = d->tokens.ids[i];
+        run->used[token & TOKEN_ID_MASK] = 1;
+        run->trained += !(token & TOKEN_NO_LOSS);
+        length = token & TOKEN_DOC_START ? 1 : length + 1;
+        if (length > run->longest) run->longest = length;
+    }
+    run->documents += run->task == TASK_DPO ? 2 : 1;
+    run->tokens += d->tokens.count;
+    run->chars += d->chars;
+    keep_sample(run, r->format, record, d);
+    output_write(belongs_to_val(d->hash), d, (Task)run->task);
+}
+
+void print_progress(Preparation *run, bool terminal) {
+    double now = now_s(), seconds = now - run->began, rate = (double)run->bytes / seconds;
+    if (now - run->last_line < (terminal ? 0.2 : 5)) return;
+    run->last_line = now;
+    printf("%s%.0f MB", terminal ? "\r\033[K" : "", (double)run->bytes / 1e6);
+    if (run->total_bytes > 0) printf(" of %.0f (%.0f %%)", (double)run->total_bytes / 1e6, 100.0 * (double)run->bytes / (double)run->total_bytes);
+    printf(", %.1f MB/s, %.2f M tokens", rate / 1e6, (double)run->tokens / 1e6);
+    if (run->total_bytes > run->bytes) printf(", %s left", time_text((double)(run->total_bytes - run->bytes) / rate));
+    printf(terminal ? " " : "\n");
+    fflush(stdout);
+}
+
+void find_task(Preparation *run, const Tokenizer *t, Format format, const Records *batch) {
+    for (size_t i = 0; i < batch->count && run->task == TASK_AUTO; i++) {
+        Json *json = format == FORMAT_JSON && !batch->list[i].problem ? json_parse(batch->list[i].text, batch->list[i].len, NULL) : NULL;
+        if (format == FORMAT_TEXT) run->task = TASK_PRETRAIN;
+        if (json && json->type == JSON_OBJECT) run->task = detect_task(json);
+        json_free(json);
+    }
+    run->encoder = encoder_make(t, run->task == TASK_AUTO ? TASK_PRETRAIN : (Task)run->task);
+}
+
+void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *path) {
+    static Records batch;
+    bool terminal = isatty(STDOUT_FILENO);
+    uint64_t bytes_before = run->bytes;
+    reader_open(r, path, FORMAT_AUTO, false);
+    CHECK(r->format == FORMAT_JSON || run->task == TASK_PRETRAIN || run->task == TASK_AUTO,
+          "%s is plain text; --task %s needs JSON records", r->path, PREPARE_TASKS[run->task]);
+    while (read_batch(r, &batch) > 0) {
+        if (run->task == TASK_AUTO) find_task(run, t, r->format, &batch);
+        Doc *documents = (Doc *)xmalloc(batch.count * sizeof(Doc));
+        #pragma omp parallel for schedule(dynamic, 16)
+        for (int64_t i = 0; i < (int64_t)batch.count; i++) encode_record(&run->encoder, r->format, &batch.list[i], &documents[i]);
+        for (size_t i = 0; i < batch.count; i++) {
+            take(run, r, &batch.list[i], &documents[i]);
+            free(documents[i].tokens.ids);
+        }
+        free(documents);
+        run->bytes = bytes_before + r->bytes_read - (r->end - r->begin);
+        for (int i = 0; i < output.count; i++) CHECK(!ferror(output.files[i].out.file), "cannot write %s: %s", output.files[i].out.path, strerror(errno));
+        print_progress(run, terminal);
+    }
+    run->bytes = bytes_before + r->bytes_read;
+    reader_close(r);
+}
+
+// Chat models need these whatever the corpus is about.
+void use_chat_words(Preparation *run) {
+    for (int r = 0; r < NUM_ROLES; r++) {
+        const TokenList *list = &run->encoder.roles[r];
+        for (size_t i = 0; i < list->count; i++) run->used[list->ids[i] & TOKEN_ID_MASK] = 1;
+    }
+    for (size_t i = 0; i < run->encoder.newline.count; i++) run->used[run->encoder.newline.ids[i] & TOKEN_ID_MASK] = 1;
+}
+
+// The number that each token of t has in `small`; NO_TOKEN if it's gone.
+uint32_t *id_map(const Tokenizer *t, const Tokenizer *small) {
+    uint32_t *map = (uint32_t *)xmalloc((size_t)t->vocab_size * sizeof(uint32_t));
+    for (uint32_t id = 0; id < (uint32_t)t->vocab_size; id++) {
+        size_t len;
+        const char *bytes = tokenizer_bytes(t, id, &len);
+        const Special *special = id >= (uint32_t)t->num_ranks && len > 0 ? special_find(small, bytes) : NULL;
+        map[id] = id < (uint32_t)t->num_ranks ? token_find(small, bytes, len) : special ? special->id : NO_TOKEN;
+    }
+    return map;
+}
+
+// Fewer tokens, the same segmentation: so the files only need new numbers. The samples prove it: encoded again from their text, they
+// must be the renumbered tokens.
+Tokenizer *trim(Preparation *run, const Tokenizer *t) {
+    use_chat_words(run);
+    Tokenizer *small = tokenizer_trim(t, run->used);
+    if (prep.special != SPECIALS_OF_FILE) tokenizer_use_specials(small, SPECIAL_SETS[prep.special]);
+    uint32_t *map = id_map(t, small);
+    Encoder encoder = encoder_make(small, (Task)run->task);
+    for (int k = 0; k < run->num_samples; k++) {
+        Sample *s = &run->samples[k];
+        Doc d;
+        encode_record(&encoder, s->format, &s->record, &d);
+        bool same = d.tokens.count == s->tokens.count;
+        for (size_t i = 0; same && i < d.tokens.count; i++) {
+            same = d.tokens.ids[i] == ((s->tokens.ids[i] & ~(uint32_t)TOKEN_ID_MASK) | map[s->tokens.ids[i] & TOKEN_ID_MASK]);
+        }
+        CHECK(same, "--trim-vocab: the small vocabulary cuts the document of line %" PRIu64 " at other places; this should not happen, "
+              "please report it with the file", s->record.line);
+        free(d.tokens.ids);
+    }
+    output_renumber(map);
+    unsigned char *used = (unsigned char *)xcalloc((size_t)t->vocab_size, 1);
+    for (int id = 0; id < t->vocab_size; id++) if (run->used[id] && map[id] != NO_TOKEN) used[map[id]] = 1;
+    free(run->used);
+    run->used = used;
+    run->encoder = encoder;
+    free(map);
+    return small;
+}
+
+void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabulary, float bigram) {
+    double seconds = now_s() - run->began;
+    uint64_t dropped = 0;
+    int used = 0;
+    if (isatty(STDOUT_FILENO)) printf("\r\033[K");
+    for (int i = 0; i < output.count; i++) {
+        printf("%s  %" PRIu64 " documents, %" PRIu64 " tokens", output.files[i].out.path, output.files[i].documents, output.files[i].tokens);
+        if (i == output.val && bigram > 0) printf("; a bigram model's loss on it is %.4f", bigram);
+        printf("\n");
+    }
+    if (output.val < 0 && prep.val_fraction > 0) printf("no val.bin: none of so few documents fell to it; --val-fraction %g is its share\n", prep.val_fraction);
+    for (int id = 0; id < t->vocab_size; id++) used += run->used[id];
+    printf("%s/tokenizer.bin  %d tokens, %d of them used", prep.out, t->vocab_size, used);
+    if (prep.trim_vocab) printf("; trimmed from %d; %d documents encoded again: same tokens", full_vocabulary, run->num_samples);
+    printf("\n%s: %" PRIu64 " documents, %" PRIu64 " characters, %" PRIu64 " tokens (%.3f a character), the longest document has %" PRIu64, TASK_NAMES[run->task],
+           run->documents, run->chars, run->tokens, (double)run->tokens / (double)run->chars, run->longest);
+    if (run->task != TASK_PRETRAIN) printf("; %" PRIu64 " are trained (%.1f %%)", run->trained, 100.0 * (double)run->trained / (double)run->tokens);
+    for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run->records[r];
+    printf("\ndropped: %" PRIu64 " records", dropped);
+    for (int r = KEPT + 1, n = 0; r < NUM_REASONS; r++) {
+        if (run->records[r] > 0) printf("%s%" PRIu64 " %s", n++ ? ", " : ": ", run->records[r], REASONS[r]);
+    }
+    printf("\n%.1f MB in %.1f s, %.1f MB/s\n", (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
+}
+
+uint64_t total_size(const char **paths, int count) {
+    uint64_t total = 0;
+    struct stat st;
+    bool known = true;
+    for (int i = 0; i < count; i++) {
+        if (strcmp(paths[i], "-") == 0) { known = false; continue; }
+        CHECK(stat(paths[i], &st) == 0 && access(paths[i], R_OK) == 0, "cannot open %s: %s", paths[i], strerror(errno));
+        known = known && S_ISREG(st.st_mode);
+        total += (uint64_t)st.st_size;
+    }
+    return known ? total : 0;
+}
+
+void show_file(const char *path, const Tokenizer *t, int64_t documents);
+
+void prepare(const char **paths, int num_paths) {
+    CHECK(num_paths > 0, "no input; name the data files, for example ./prepare --out data/wiki wiki.json; --help explains all");
+    CHECK(prep.out[0], "--out is missing: the directory for train.bin, val.bin and tokenizer.bin");
+    CHECK(prep.val_fraction < 1, "--val-fraction is %g, it must be below 1", prep.val_fraction);
+    CHECK(prep.max_chars == 0 || prep.max_chars >= prep.min_chars, "--max-chars is below --min-chars");
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;            // without SA_RESTART, so that it also ends waiting for input
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGXFSZ, SIG_IGN);                    // a file-size limit then shows as a failed write
+    atexit(remove_unfinished);
+
+    Preparation run;
+    memset(&run, 0, sizeof run);
+    run.total_bytes = total_size(paths, num_paths);
+    Tokenizer *t = tokenizer_load(prep.tokenizer);
+    if (prep.special != SPECIALS_OF_FILE) tokenizer_use_specials(t, SPECIAL_SETS[prep.special]);
+    CHECK(t->vocab_size <= TOKEN_ID_MASK, "%s has ids up to %d; token files hold ids below 2^24", prep.tokenizer, t->vocab_size - 1);
+    run.task = prep.task;
+    run.encoder = encoder_make(t, run.task == TASK_AUTO ? TASK_PRETRAIN : (Task)run.task);
+    run.used = (unsigned char *)xcalloc((size_t)t->vocab_size, 1);
+    make_directory(prep.out);
+    run.began = run.last_line = now_s();
+    Reader reader;
+    memset(&reader, 0, sizeof reader);
+    for (int i = 0; i < num_paths; i++) prepare_file(&run, t, &reader, paths[i]);
+    uint64_t dropped = 0;
+    for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
+    CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written", dropped, num_paths);
+
+    int full_vocabulary = t->vocab_size;
+    output_flush();
+    if (prep.trim_vocab) t = trim(&run, t);
+    float bigram = run.task == TASK_PRETRAIN && t->vocab_size <= BIGRAM_VOCAB ? bigram_loss((uint32_t)t->vocab_size) : 0;
+    CHECK(!interrupted, "interrupted; nothing was written");
+    output_finish(&run.encoder, bigram);
+    print_summary(&run, t, full_vocabulary, bigram);
+    if (prep.show > 0) show_file(output.files[0].out.path, t, prep.show);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 7. show
+
+// Text for a terminal: control characters are written as \xNN.
+void print_safely(const char *text, size_t len) {
+    for (size_t i = 0; i < len; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if ((c < 0x20 && c != '\n' && c != '\t') || c == 0x7F) printf("\\x%02X", c);
+        else putchar(c);
+    }
+}
+
+// The tokens from `at` up to the next document; what is trained is green on a terminal, in ⟦ ⟧ elsewhere (where all of it is, unmarked).
+uint64_t show_document(const Shard *s, const Tokenizer *t, uint64_t at) {
+    bool terminal = isatty(STDOUT_FILENO), marks = s->header->task != TASK_PRETRAIN, marked = false;
+    Utf8Stream stream;
+    memset(&stream, 0, sizeof stream);
+    char text[1024];
+    for (uint64_t i = at; ; i++) {
+        bool end = i == s->num_tokens || (i > at && (s->tokens[i] & TOKEN_DOC_START));
+        bool trained = !end && marks && !(s->tokens[i] & TOKEN_NO_LOSS);
+        if (trained != marked) {
+            if (!prep.ids) print_safely(text, utf8_stream_flush(&stream, text));
+            if (!prep.ids || terminal) fputs(trained ? (terminal ? "\033[32m" : "⟦") : (terminal ? "\033[0m" : "⟧"), stdout);
+        }
+        marked = trained;
+        if (end) return print_safely(text, utf8_stream_flush(&stream, text)), printf("\n"), i;
+        uint32_t id = s->tokens[i] & TOKEN_ID_MASK;
+        size_t len = 0;
+        const char *bytes = t ? tokenizer_bytes(t, id, &len) : "";
+        if (prep.ids || !t) printf("%s%u%s", i > at ? " " : "", id, trained ? "*" : "");
+        else print_safely(text, utf8_stream(&stream, bytes, len, text));
+    }
+}
+
+// The tokenizer that made the file, or NULL: then ids are printed.
+Tokenizer *tokenizer_of(const Shard *s) {
+    const char *slash = strrchr(s->path, '/');
+    const char *beside = path_of("%.*stokenizer.bin", slash ? (int)(slash - s->path) + 1 : 0, s->path);
+    const char *path = prep.shown_tokenizer[0] ? prep.shown_tokenizer : file_exists(beside) ? beside : prep.tokenizer;
+    if (!file_exists(path) && !prep.shown_tokenizer[0]) return NULL;
+    Tokenizer *t = tokenizer_load(path);
+    if (t->hash == s->header->tokenizer_hash) {
+        for (int i = SPECIALS_NONE; SPECIAL_SETS[i]; i++) {
+            if (strncmp(SPECIAL_SETS[i], s->header->special_set, 16) == 0) tokenizer_use_specials(t, SPECIAL_SETS[i]);
+        }
+        return t;
+    }
+    CHECK(!prep.shown_tokenizer[0], "%s was not made with the tokenizer %s", s->path, path);
+    printf("(no text: %s is another tokenizer; name the right one with --tokenizer)\n", path);
+    tokenizer_free(t);
+    return NULL;
+}
+
+void show_file(const char *path, const Tokenizer *known, int64_t documents) {
+    Shard s;
+    shard_open(&s, path);
+    const TokenFileHeader *h = s.header;
+    const Tokenizer *t = known ? known : tokenizer_of(&s);
+    printf("%s: %s, %" PRIu64 " documents, %" PRIu64 " tokens\n", path, TASK_NAMES[h->task], h->num_documents, h->num_tokens);
+    if (!known) {
+        printf("vocabulary %u, end of document %u, special tokens %.16s, tokenizer %016" PRIx64, h->vocab_size, h->end_id, h->special_set, h->tokenizer_hash);
+        if (h->bigram_loss > 0) printf(", bigram loss %.4f", h->bigram_loss);
+        printf("\n");
+    }
+    uint64_t at = 0, next = 0;
+    for (int64_t i = 0; i < documents && at < s.num_tokens; i++, at = next) {
+        next = at + 1;
+        while (next < s.num_tokens && !(s.tokens[next] & TOKEN_DOC_START)) next++;
+        const char *side = h->task != TASK_DPO ? "" : i % 2 ? ", rejected" : ", chosen";
+        printf("--- document %" PRId64 "%s, %" PRIu64 " tokens\n", i, side, next - at);
+        show_document(&s, t, at);
+    }
+    shard_close(&s);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 8. tokenize, detokenize
+
+void flush_stdout(void) { CHECK(!ferror(stdout) && fflush(stdout) == 0, "cannot write to standard output: %s", strerror(errno)); }
+
+// "12 345 6789"
+void print_ids(const TokenList *list, bool space_before) {
+    char text[16];
+    for (size_t i = 0; i < list->count; i++) {
+        int n = sizeof text;
+        uint32_t id = list->ids[i];
+        do text[--n] = (char)('0' + id % 10); while ((id /= 10) > 0);
+        if (i > 0 || space_before) text[--n] = ' ';
+        fwrite(text + n, 1, sizeof text - (size_t)n, stdout);
+    }
+}
+
+void tokenize_record(const Tokenizer *t, SpecialsMode mode, const char *path, const Record *record, TokenList *out) {
+    memset(out, 0, sizeof *out);
+    if (!prep.jsonl) {
+        tokenizer_encode(t, record->text, record->len, mode, out);
+        return;
+    }
+    if (is_blank(record->text, record->len)) return;
+    JsonError error;
+    Json *json = json_parse(record->text, record->len, &error);
+    CHECK(json != NULL, "%s:%" PRIu64 ": %s at byte %zu; expected a JSON string", path, record->line, error.message, error.position);
+    CHECK(json->type == JSON_STRING, "%s:%" PRIu64 ": expected a JSON string", path, record->line);
+    tokenizer_encode(t, json->text, json->len, mode, out);
+    json_free(json);
+}
+
+void tokenize(void) {
+    Tokenizer *t = tokenizer_load(prep.tokenizer);
+    SpecialsMode mode = prep.parsed_special == SPECIALS_NONE ? SPECIALS_AS_TEXT : SPECIALS_PARSED;
+    if (prep.parsed_special > SPECIALS_NONE) tokenizer_use_specials(t, SPECIAL_SETS[prep.parsed_special]);
+    Reader r;
+    Records batch = {NULL, 0, 0};
+    memset(&r, 0, sizeof r);
+    reader_open(&r, prep.file, prep.jsonl ? FORMAT_LINES : FORMAT_CHUNKS, prep.jsonl);
+    bool any = false;
+    while (read_batch(&r, &batch) > 0) {
+        TokenList *lists = (TokenList *)xmalloc(batch.count * sizeof(TokenList));
+        #pragma omp parallel for schedule(dynamic, 1)
+        for (int64_t i = 0; i < (int64_t)batch.count; i++) tokenize_record(t, mode, r.path, &batch.list[i], &lists[i]);
+        for (size_t i = 0; i < batch.count; i++) {
+            print_ids(&lists[i], any && !prep.jsonl);
+            any = any || lists[i].count > 0;
+            if (prep.jsonl) putchar('\n');
+            free(lists[i].ids);
+        }
+        free(lists);
+        if (prep.jsonl) flush_stdout();
+    }
+    if (!prep.jsonl) putchar('\n');
+    flush_stdout();
+}
+
+// Embedding matrices are padded to 151936 or 152064 rows: such ids mean nothing, but a model may emit them.
+#define PADDED_ROWS 152064u
+
+// Bytes of one line of ids; *without_token counts ids that have none.
+void detokenize_line(const Tokenizer *t, char *line, uint64_t number, Text *out, uint64_t *without_token) {
+    uint32_t limit = t->num_ranks == QWEN_RANKS ? PADDED_ROWS : (uint32_t)t->vocab_size;
+    for (char *word = strtok(line, " \t\r\n"); word; word = strtok(NULL, " \t\r\n")) {
+        char *end;
+        unsigned long id = strtoul(word, &end, 10);
+        CHECK(*end == 0 && isdigit((unsigned char)word[0]), "line %" PRIu64 ": '%.40s' is not a token id", number, word);
+        CHECK(id < limit, "line %" PRIu64 ": there is no token %s; the vocabulary has %d", number, word, t->vocab_size);
+        size_t len;
+        const char *bytes = tokenizer_bytes(t, (uint32_t)id, &len);
+        *without_token += len == 0;
+        if (out->size + len > out->capacity) {
+            out->capacity = 2 * (out->size + len) + 4096;
+            out->data = (char *)xrealloc(out->data, out->capacity);
+        }
+        if (len > 0) memcpy(out->data + out->size, bytes, len);
+        out->size += len;
+    }
+}
+
+void detokenize(void) {
+    Tokenizer *t = tokenizer_load(prep.tokenizer);
+    if (prep.special != SPECIALS_OF_FILE) tokenizer_use_specials(t, SPECIAL_SETS[prep.special]);
+    FILE *f = strcmp(prep.file, "-") == 0 ? stdin : fopen(prep.file, "rb");
+    CHECK(f != NULL, "cannot open %s: %s", prep.file, strerror(errno));
+    char *line = NULL;
+    size_t capacity = 0;
+    uint64_t number = 0, without_token = 0;
+    Text text = {NULL, 0, 0};
+    for (ssize_t n; (n = getline(&line, &capacity, f)) >= 0; flush_stdout()) {
+        CHECK(strlen(line) == (size_t)n, "line %" PRIu64 ": a NUL byte; expected token ids", number + 1);
+        text.size = 0;
+        detokenize_line(t, line, ++number, &text, &without_token);
+        if (!prep.jsonl) fwrite(text.data ? text.data : "", 1, text.size, stdout);
+        else json_write_string(stdout, text.data ? text.data : "", text.size), putchar('\n');
+    }
+    CHECK(!ferror(f), "cannot read %s: %s", prep.file, strerror(errno));
+    flush_stdout();
+    if (without_token > 0) fprintf(stderr, "%" PRIu64 " ids have no token and gave no text\n", without_token);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------------------
+// 9. main
+
+void print_prepare_help(void) {
+    printf("prepare turns data files into token files for the trainer.\n\n"
+           "  ./prepare [options] --out DIR FILES...   JSON, JSON lines, text (- is standard input) -> DIR/train.bin, val.bin, tokenizer.bin\n"
+           "  ./prepare show FILE [options]            header and first documents of a token file\n"
+           "  ./prepare tokenize [options]             text -> one line of ids\n"
+           "  ./prepare detokenize [options]           lines of ids -> text, exactly their bytes\n\n"
+           "Records: {\"text\"}, {\"completion\"}, {\"content\"}, {\"title\", \"summary\", \"sections\"}, {\"段落\": [{\"内容\"}]};\n"
+           "sft: {\"instruction\", \"input\", \"output\"}, {\"conversations\" or \"messages\": [...]}; dpo: {\"prompt\", \"chosen\", \"rejected\"}.\n"
+           "Plain text: documents are separated by blank lines. dev/data/formats.md has the data sets and the details.\n"
+           "Memory: below 1 GB for files of any size; --dedup adds 11 to 32 bytes a document.\n\nOptions (defaults in brackets):\n");
+    print_options(PREPARE_OPTIONS, COMMAND_PREPARE);
+    printf("\nOptions of show:\n");
+    print_options(PREPARE_OPTIONS, COMMAND_SHOW);
+    printf("\nOptions of tokenize:\n");
+    print_options(PREPARE_OPTIONS, COMMAND_TOKENIZE);
+    printf("\nOptions of detokenize:\n");
+    print_options(PREPARE_OPTIONS, COMMAND_DETOKENIZE);
+}
+
+int main(int argc, char **argv) {
+    static const char *const names[] = {"prepare", "tokenize", "detokenize", "show"};
+    const char **words = (const char **)xmalloc((size_t)argc * sizeof(char *));
+    int command = 0, num_words;
+    for (int i = 1; i < argc; i++) if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return print_prepare_help(), 0;
+    for (int k = 1; k < 4; k++) if (argc > 1 && strcmp(argv[1], names[k]) == 0) command = k;
+    num_words = parse_options(PREPARE_OPTIONS, 1u << command, argc, argv, command > 0 ? 2 : 1, words);
+    CHECK(command == 0 || command == 3 || num_words == 0, "'%s' is not an option of %s; a file is given with --file", words[0], names[command]);
+#ifdef _OPENMP
+    if (prep.threads > 0) omp_set_num_threads((int)prep.threads);
+#endif
+    if (command == 0) prepare(words, num_words);
+    else if (command == 1) tokenize();
+    else if (command == 2) detokenize();
+    else {
+        CHECK(num_words == 1, "show needs one token file, for example ./prepare show data/tiny_baike/train.bin");
+        show_file(words[0], NULL, prep.documents);
+    }
+    flush_stdout();
+    free(words);
+    return 0;
+}

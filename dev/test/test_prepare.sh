@@ -1,0 +1,313 @@
+#!/bin/sh
+# test_prepare.sh: what ./prepare promises, case by case, on small inputs made here. Run from the repository root:
+#     make prepare && sh dev/test/test_prepare.sh
+#     PREPARE=/tmp/prepare sh dev/test/test_prepare.sh
+# Every case prints a line; the exit code is the verdict.
+
+P=${PREPARE:-./prepare}
+D=$(mktemp -d) || exit 1
+trap 'rm -rf "$D"' EXIT
+trap 'exit 1' INT TERM
+[ -x "$P" ] || { echo "no $P; run make prepare, or set PREPARE"; exit 1; }
+[ -f dev/data/qwen.bin ] || { echo "run this from the repository root"; exit 1; }
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+passed=0
+failed=0
+
+verdict() { # name, "ok" or what was found
+    if [ "$2" = ok ]; then passed=$((passed + 1)); echo "ok    $1"
+    else failed=$((failed + 1)); echo "FAIL  $1: $2"; fi
+}
+equal() { # name, found, expected
+    if [ "$2" = "$3" ]; then verdict "$1" ok; else verdict "$1" "found '$2', expected '$3'"; fi
+}
+same_file() { if cmp -s "$2" "$3"; then verdict "$1" ok; else verdict "$1" "$2 and $3 differ"; fi; }
+
+# prep DIR [arguments]: prepares into $D/DIR, everything in train.bin unless the arguments say otherwise; output in $D/log.
+prep() {
+    dir=$1; shift
+    "$P" --val-fraction 0 --out "$D/$dir" "$@" > "$D/log" 2>&1
+}
+# ids FILE: the documents as ids, a line each;  text FILE: as text, all lines joined by |
+ids() { "$P" show "$1" --ids --documents 1000000 | grep -v -e '^---' | sed 1,2d; }
+text() { "$P" show "$1" --documents 1000000 | grep -v -e '^---' | sed 1,2d | tr '\n' '|'; }
+tokens_of() { printf "$1" | "$P" tokenize; }
+documents() { "$P" show "$1" --documents 0 | sed -n '1s/.*: [a-z]*, \([0-9]*\) documents.*/\1/p'; }
+# fails NAME PATTERN command...: exit code 1 and exactly one line, which has PATTERN; no crash, no silence.
+fails() {
+    name=$1; pattern=$2; shift 2
+    "$@" > "$D/out" 2> "$D/err"
+    code=$?
+    if [ $code -ne 1 ]; then verdict "$name" "exit code $code, expected 1"
+    elif [ "$(grep -c . "$D/err")" -ne 1 ]; then verdict "$name" "not one line: $(cat "$D/err")"
+    elif ! grep -q "$pattern" "$D/err"; then verdict "$name" "'$pattern' is not in: $(cat "$D/err")"
+    else verdict "$name" ok; fi
+}
+# skips NAME PATTERN KEPT: the last prep exited 0, its log has PATTERN, train.bin has KEPT documents
+skips() {
+    if ! grep -q "$2" "$D/log"; then verdict "$1" "'$2' is not in: $(cat "$D/log")"
+    else equal "$1" "$(documents "$D/$dir/train.bin")" "$3"; fi
+}
+
+echo "--- tokenize, detokenize"
+equal "known ids" "$(tokens_of '杭州是个好地方')" "104130 104104 52801 100371"
+equal "nothing in, an empty line out" "$(printf '' | "$P" tokenize | od -An -c | tr -d ' ')" '\n'
+equal "control text is text by default" "$(tokens_of '<|im_end|>')" "27 91 318 6213 91 29"
+equal "--special qwen2.5 recognises it" "$(printf '<|im_end|>' | "$P" tokenize --special qwen2.5)" "151645"
+equal "v1 and qwen3 number differently" "$(printf '<|extra_0|>' | "$P" tokenize --special v1) $(printf '<think>' | "$P" tokenize --special qwen3)" "151646 151667"
+equal "--file" "$(printf 'Hello world' > "$D/f"; "$P" tokenize --file "$D/f")" "9707 1879"
+equal "--jsonl, a line for a line" "$(printf '"Hello world"\n""\n"\\u676d\\u5dde"\r\n' | "$P" tokenize --jsonl | tr '\n' '|')" "9707 1879||104130|"
+fails "--jsonl names a bad line" "2: .*JSON" sh -c "printf '\"a\"\n\"b\n' | '$P' tokenize --jsonl"
+equal "T9: cut characters come out as their bytes" "$(printf '90476 119' | "$P" detokenize | od -An -tx1 | tr -d ' \n')" "20e680bb"
+equal "NUL, lines of ids, special tokens" "$(printf '188 64\n151645 198\n' | "$P" detokenize | od -An -tx1 | tr -d ' \n')" "00613c7c696d5f656e647c3e0a"
+head -c 300000 "$P" | tr '\0\200-\377' 'a-z\n ' > "$D/bytes"
+"$P" tokenize --file "$D/bytes" > "$D/ids"; "$P" detokenize < "$D/ids" > "$D/back"
+same_file "300 kB there and back" "$D/bytes" "$D/back"
+for i in 1 2 3 4 5 6; do cat dev/data/prepare.c dev/data/formats.md; done > "$D/long"
+"$P" tokenize --file "$D/long" > "$D/ids"
+{ printf '"'; sed -e 's/\\/\\\\/g; s/"/\\"/g; s/	/\\t/g; s/$/\\n/' "$D/long" | tr -d '\n'; printf '"\n'; } | "$P" tokenize --jsonl > "$D/ids2"
+same_file "a long text in pieces, as in one piece" "$D/ids" "$D/ids2"
+fails "an unknown id" "line 2: there is no token 152064" sh -c "printf '1\n152064\n' | '$P' detokenize"
+fails "no id at all" "'x1' is not a token id" sh -c "echo 1 x1 | '$P' detokenize"
+fails "tokenize on a full disk" "cannot write" sh -c "'$P' tokenize --file '$D/bytes' > /dev/full"
+
+echo "--- records of every shape"
+A='《甲》 first.'; B='second, 乙\"q\"'
+printf '{"text":"%s"}\n{"text":"%s"}\n' "$A" "$B" > "$D/lines.jsonl"
+printf '[{"text":"%s"},{"text":"%s"}]' "$A" "$B" > "$D/array.json"
+printf '[\n  {\n    "id": 1, "meta": {"a": [1, {"text": 0}]},\n    "text": "%s"\n  },\n  {\n    "id": 2,\n    "text": "%s"\n  }\n]\n' "$A" "$B" > "$D/pretty.json"
+printf '{"text":"%s"} {"text":"%s"}' "$A" "$B" > "$D/one_line"
+printf '\357\273\277\r\n{"text":"%s"}\r\n\r\n{\r\n"text":\r\n"%s"}\r\n' "$A" "$B" > "$D/crlf.jsonl"
+printf '{"completion":"%s","source":null}\n{"completion":"%s"}\n' "$A" "$B" > "$D/completion.jsonl"
+prep lines "$D/lines.jsonl"
+equal "JSON lines" "$(text "$D/lines/train.bin")" '《甲》 first.<|im_end|>|second, 乙"q"<|im_end|>|'
+equal "tokens of the text, then the end" "$(ids "$D/lines/train.bin" | tr '\n' '|')" "$(tokens_of '《甲》 first.') 151645|$(tokens_of 'second, 乙"q"') 151645|"
+for shape in array.json pretty.json one_line crlf.jsonl completion.jsonl; do
+    prep "$shape.d" "$D/$shape"
+    same_file "$shape" "$D/lines/train.bin" "$D/$shape.d/train.bin"
+done
+"$P" --val-fraction 0 --out "$D/stdin" - < "$D/pretty.json" > /dev/null
+same_file "standard input" "$D/lines/train.bin" "$D/stdin/train.bin"
+printf '{"text":"%s"}\n' "$A" > "$D/1.jsonl"; printf '{"text":"%s"}\n' "$B" > "$D/2.jsonl"
+prep two "$D/1.jsonl" "$D/2.jsonl"
+same_file "two files, in order" "$D/lines/train.bin" "$D/two/train.bin"
+printf '\357\273\277  indented\r\nsame document\r\n \t\r\n\r\nnext\r\n\r\n' > "$D/t.txt"
+prep text "$D/t.txt"
+equal "text: blank lines, CRLF, byte order mark" "$(text "$D/text/train.bin")" '  indented|same document<|im_end|>|next<|im_end|>|'
+printf '{"title":"青蛙","summary":null,"sections":[{"title":"食性","content":"吃虫。"},{"title":null},{"content":"跳。"}],"tags":[],"url":"x"}\n{"title":"鸟","summary":"会飞。","sections":[]}\n' > "$D/b.jsonl"
+prep baike "$D/b.jsonl"
+equal "Baidu Baike" "$(text "$D/baike/train.bin")" '青蛙|食性|吃虫。|跳。<|im_end|>|鸟|会飞。<|im_end|>|'
+printf '{"文件名":"a","段落":[{"行号":0,"内容":"一。"},{"行号":2,"内容":"二。"}]}\n' > "$D/m.jsonl"
+prep mnbvc "$D/m.jsonl"
+equal "MNBVC" "$(text "$D/mnbvc/train.bin")" '一。|二。<|im_end|>|'
+printf '{"a":{"b":"deep"},"text":"not this"}\n' > "$D/f.jsonl"
+prep field --field a.b "$D/f.jsonl"
+equal "--field" "$(text "$D/field/train.bin")" 'deep<|im_end|>|'
+prep eos --eos '<|endoftext|>' "$D/1.jsonl"
+equal "--eos" "$(ids "$D/eos/train.bin" | sed 's/.* //')" "151643"
+printf '{"text":"x <|im_end|> y <|endoftext|>"}\n' > "$D/c.jsonl"
+prep control "$D/c.jsonl"
+equal "T10: control text in documents stays text" "$(ids "$D/control/train.bin")" "$(tokens_of 'x <|im_end|> y <|endoftext|>') 151645"
+
+echo "--- conversations"
+IM=151644; END=151645; NL=198
+HI=$(tokens_of hi); OK=$(tokens_of ok)
+stars() { echo "$1" | sed 's/\([0-9][0-9]*\)/\1*/g'; }
+printf '{"conversations":[{"role":"user","content":"hi"},{"role":"assistant","content":"ok"}]}\n' > "$D/s.jsonl"
+prep sft "$D/s.jsonl"
+HI_OK="$IM 872 $NL $HI $END $NL $IM 77091 $NL $(stars "$OK") $END*"
+equal "T7: loss on the answer and its end marker, no more" "$(ids "$D/sft/train.bin")" "$HI_OK"
+for record in '{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"ok"},{"role":"user","content":"bye"}]}' \
+    '{"conversations":[{"from":"human","value":"hi"},{"from":"gpt","value":"ok"}],"id":7}' '{"instruction":"hi","input":"","output":"ok"}' \
+    '{"instruction":"hi","output":"ok","input":null,"history":[]}' '{"prompt":"hi","response":"ok"}'; do
+    echo "$record" > "$D/s2.jsonl"
+    prep sft2 "$D/s2.jsonl"
+    equal "$(echo "$record" | cut -c1-50)..." "$(ids "$D/sft2/train.bin")" "$HI_OK"
+done
+printf '{"messages":[{"role":"system","content":"S"},{"role":"user","content":"hi"},{"role":"assistant","content":"ok"},{"role":"user","content":"hi"},{"role":"assistant","content":"ok"}]}\n' > "$D/s.jsonl"
+prep multi "$D/s.jsonl"
+equal "system message, every turn trained" "$(ids "$D/multi/train.bin")" "$IM 8948 $NL $(tokens_of S) $END $NL $HI_OK $NL $HI_OK"
+printf '{"instruction":"hi","input":"x","output":"ok"}\n' > "$D/s.jsonl"
+prep system --system S "$D/s.jsonl"
+equal "--system; instruction and input" "$(text "$D/system/train.bin")" '<|im_start|>system|S<|im_end|>|<|im_start|>user|hi|x<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
+printf '{"instruction":"<|im_start|>system","input":"","output":"\\nok"}\n' > "$D/s.jsonl"
+prep inject "$D/s.jsonl"
+equal "T10: control text of the user; a line break at the start of content" "$(ids "$D/inject/train.bin")" \
+    "$IM 872 $NL $(tokens_of '<|im_start|>system') $END $NL $IM 77091 $NL $NL* $(stars "$OK") $END*"
+printf '{"instruction":"hi","output":"ok"}\n' > "$D/s.jsonl"
+prep mini --template mini_llm "$D/s.jsonl"
+equal "--template mini_llm" "$(text "$D/mini/train.bin")" '##提问:|hi|##回答:|⟦ok<|im_end|>⟧|'
+prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
+equal "--template none" "$(text "$D/none/train.bin")" 'hi⟦ok<|endoftext|>⟧|'
+printf '{"prompt":"hi","chosen":"ok","rejected":"hi"}\n' > "$D/d.jsonl"
+prep dpo "$D/d.jsonl"
+PAIR="$HI_OK|$IM 872 $NL $HI $END $NL $IM 77091 $NL $(stars "$HI") $END*|"
+equal "dpo: pairs, each with its prompt" "$(ids "$D/dpo/train.bin" | tr '\n' '|')" "$PAIR"
+equal "dpo: two documents a pair" "$(documents "$D/dpo/train.bin")" 2
+U='{"role":"user","content":"hi"}'; AO='{"role":"assistant","content":"ok"}'; AH='{"role":"assistant","content":"hi"}'
+for record in "{\"prompt\":\"hi\",\"chosen\":\"ok\",\"reject\":\"hi\"}" "{\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" \
+    "{\"prompt\":\"hi\",\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" "{\"prompt\":[$U],\"chosen\":[$AO],\"rejected\":[$AH]}" \
+    "{\"conversations\":[{\"from\":\"human\",\"value\":\"hi\"}],\"chosen\":{\"from\":\"gpt\",\"value\":\"ok\"},\"rejected\":{\"from\":\"gpt\",\"value\":\"hi\"}}"; do
+    echo "$record" > "$D/d2.jsonl"
+    prep dpo2 "$D/d2.jsonl"
+    equal "dpo $(echo "$record" | cut -c1-50)..." "$(ids "$D/dpo2/train.bin" | tr '\n' '|')" "$PAIR"
+done
+printf '{"chosen":[%s,%s,%s,%s],"rejected":[%s,%s,%s,%s]}\n' "$U" "$AO" "$U" "$AO" "$U" "$AO" "$U" "$AH" > "$D/d3.jsonl"
+prep dpo3 "$D/d3.jsonl"
+equal "dpo: only the last answer is trained" "$(ids "$D/dpo3/train.bin" | head -1)" "$(echo "$HI_OK" | tr -d '*') $NL $HI_OK"
+printf '{"instruction":"only a prompt","output":""}\n{"messages":[{"role":"user","content":"hi"}]}\n%s\n' '{"instruction":"hi","output":"ok"}' > "$D/p.jsonl"
+prep prompts "$D/p.jsonl"
+skips "T6: prompts without an answer are dropped and counted" "2 records: 1 empty text, 1 no answer" 1
+
+echo "--- bad records"
+i=1; while [ $i -le 1000 ]; do printf '{"text": "文档 %d"}\r\n' $i; i=$((i + 1)); done > "$D/good.jsonl"
+{ sed -n 1,499p "$D/good.jsonl"; printf '{"text": "文档\r\n'; sed -n 501,700p "$D/good.jsonl"; printf '\r\n'; sed -n 701,999p "$D/good.jsonl"; printf '{"text": "\346\226'; } > "$D/t11.jsonl"
+prep t11 "$D/t11.jsonl"
+skips "T11: 998 of 1000 kept" "2 malformed JSON" 998
+equal "T11: lines are named" "$(grep -o 't11.jsonl:[0-9]*' "$D/log" | tr '\n' ' ')" "t11.jsonl:500 t11.jsonl:1001 "
+fails "T11: --strict stops" "t11.jsonl:500: malformed" "$P" --strict --out "$D/strict" "$D/t11.jsonl"
+equal "--strict writes nothing" "$(ls -A "$D/strict")" ""
+printf '[\n{"text":"a1"},\n{"text":"a2", "x": [{"y": 1\n{"text":"a3"},\n{"text":"a4", "text\n{"text":"a5"}\n' > "$D/cut.json"
+prep cut "$D/cut.json"
+skips "array: a cut record takes no other with it; a missing ] is reported" "dropped: 3 records" 3
+printf '[\n  {\n    "text": "p1"\n  },\n  {\n    "text": "p2,\n    "m": {"k": 1}\n  },\n  {\n    "text": "p3"\n  }\n]\n' > "$D/pcut.json"
+prep pcut "$D/pcut.json"
+skips "pretty-printed: a broken record takes no other with it" "pcut.json:5: .*line break" 2
+bad() { # name, record, reason
+    printf '%b\n{"text":"good"}\n' "$2" > "$D/bad.jsonl"
+    prep bad --task pretrain "$D/bad.jsonl"
+    skips "$1" "dropped: 1 records: 1 $3" 1
+}
+bad "lone surrogate"  '{"text":"a\\ud800b"}' "lone surrogate"
+bad "NUL character"   '{"text":"a\\u0000b"}' "NUL character"
+bad "NUL byte"        '{"text":"a\0000b"}' "malformed JSON"
+bad "invalid UTF-8"   '{"text":"a\0377b"}' "invalid UTF-8"
+bad "null"            '{"text":null}' "null field"
+bad "wrong type"      '{"text":["a"]}' "wrong type"
+bad "missing field"   '{"txt":"a"}' "missing field"
+bad "empty"           '{"text":""}' "empty text"
+bad "white space"     '{"text":" \\n\0343\0200\0200"}' "empty text"
+bad "a number"        '17' "wrong type"
+bad "garbage"         'hello {' "malformed JSON"
+bad "deep nesting"    "$(printf '{"text":%s1}' "$(printf '%0300d' 0 | tr 0 '[')")" "malformed JSON"
+printf '{"messages":[{"role":"robot","content":"x"}]}\n{"messages":"x"}\n{"messages":[{"role":"user","content":null}]}\n{"instruction":"hi","output":"ok"}\n' > "$D/r.jsonl"
+prep roles "$D/r.jsonl"
+skips "conversations: role, list, content" "dropped: 3 records: 1 null field, 1 wrong type, 1 unknown role" 1
+printf 'fine\n\n\377\n\nfine too\n' > "$D/u.txt"
+prep utf8 "$D/u.txt"
+skips "text: invalid UTF-8 drops one document" "u.txt:3: skipped, invalid UTF-8" 2
+{ echo '{"text":"before"}'; printf '{"text":"'; head -c 70000000 /dev/zero | tr '\0' a; printf '"}\n{"text":"after"}\n'; } > "$D/huge.jsonl"
+prep huge "$D/huge.jsonl"
+skips "a record of 70 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 64 MB" 2
+rm "$D/huge.jsonl"
+yes 'The same line, again and again.' | head -c 17000000 > "$D/big.txt"
+prep bigtext "$D/big.txt"
+equal "a text of 17 MB is cut at a line end" "$(documents "$D/bigtext/train.bin")" 2
+rm -r "$D/bigtext" "$D/big.txt"
+
+echo "--- filters, split, shards"
+prep dedup --dedup "$D/lines.jsonl" "$D/lines.jsonl" "$D/1.jsonl"
+skips "--dedup" "dropped: 3 records: 3 duplicate" 2
+same_file "--dedup keeps the first" "$D/lines/train.bin" "$D/dedup/train.bin"
+printf '{"text":"四个汉字"}\n{"text":"ab"}\n{"text":"abcdef"}\n' > "$D/l.jsonl"
+prep length --min-chars 3 --max-chars 5 "$D/l.jsonl"
+equal "--min-chars, --max-chars count characters" "$(text "$D/length/train.bin")" '四个汉字<|im_end|>|'
+"$P" --val-fraction 0.2 --out "$D/split" "$D/good.jsonl" > /dev/null
+sed '1!G;h;$!d' "$D/good.jsonl" > "$D/reversed.jsonl"
+"$P" --val-fraction 0.2 --out "$D/split2" "$D/reversed.jsonl" > /dev/null
+n=$(documents "$D/split/val.bin")
+if [ "$n" -gt 150 ] && [ "$n" -lt 250 ]; then verdict "--val-fraction 0.2 of 1000: $n" ok; else verdict "--val-fraction" "$n of 1000"; fi
+equal "nothing is lost or doubled" $((n + $(documents "$D/split/train.bin"))) 1000
+equal "in another order, the same documents" "$(ids "$D/split/val.bin" | sort | cksum)" "$(ids "$D/split2/val.bin" | sort | cksum)"
+"$P" --val-fraction 0 --out "$D/split" "$D/good.jsonl" > /dev/null
+equal "again without val: the old val.bin is gone" "$(ls "$D/split" | tr '\n' ' ')" "tokenizer.bin train.bin "
+prep shards --shard-tokens 1000 "$D/good.jsonl"
+equal "--shard-tokens: names" "$(ls "$D/shards" | head -3 | tr '\n' ' ')" "tokenizer.bin train_00000.bin train_00001.bin "
+for f in "$D"/shards/train_*.bin; do tail -c +257 "$f"; done > "$D/joined"
+tail -c +257 "$D/split/train.bin" > "$D/whole"
+same_file "--shard-tokens: together they are train.bin" "$D/joined" "$D/whole"
+equal "--shard-tokens: every shard begins a document and is full" "$(for f in "$D"/shards/train_*.bin; do ls -l "$f"; done | awk '{ n = ($5 - 256) / 4; if (n > 1000) bad++ } END { print bad + 0 }')" 0
+prep shards "$D/good.jsonl"
+equal "again in one file: the shards are gone" "$(ls "$D/shards" | tr '\n' ' ')" "tokenizer.bin train.bin "
+for threads in 1 3; do
+    prep "threads$threads" --threads $threads --trim-vocab "$D/good.jsonl"
+done
+same_file "any number of threads, the same tokens" "$D/threads1/train.bin" "$D/threads3/train.bin"
+same_file "any number of threads, the same vocabulary" "$D/threads1/tokenizer.bin" "$D/threads3/tokenizer.bin"
+
+echo "--- --trim-vocab"
+cat dev/data/formats.md dev/data/prepare.c > "$D/corpus.txt"
+"$P" --val-fraction 0.1 --out "$D/full" "$D/corpus.txt" > /dev/null
+"$P" --val-fraction 0.1 --out "$D/trim" --trim-vocab "$D/corpus.txt" > "$D/log"
+equal "the same text" "$(text "$D/trim/train.bin" | cksum)" "$(text "$D/full/train.bin" | cksum)"
+equal "the same number of tokens" "$(ls -l "$D/full/train.bin" | awk '{print $5}')" "$(ls -l "$D/trim/train.bin" | awk '{print $5}')"
+for f in full trim; do
+    ids "$D/$f/train.bin" | tr ' ' '\n' | "$P" detokenize --jsonl --tokenizer "$D/$f/tokenizer.bin" > "$D/$f.tokens"
+done
+same_file "the same segmentation" "$D/full.tokens" "$D/trim.tokens"
+V=$("$P" show "$D/trim/train.bin" | sed -n 's/^vocabulary \([0-9]*\),.*/\1/p')
+if [ "$V" -gt 256 ] && [ "$V" -lt 6000 ]; then verdict "a small vocabulary: $V" ok; else verdict "a small vocabulary" "$V"; fi
+equal "chat words are single tokens" "$(printf 'system\nuser\nassistant\n' | "$P" tokenize --tokenizer "$D/trim" | wc -w | tr -d ' ')" 6
+equal "any other text still encodes without loss" "$(printf '龘 𠀀 é ☃ zzqx' | "$P" tokenize --tokenizer "$D/trim" | "$P" detokenize --tokenizer "$D/trim/tokenizer.bin")" '龘 𠀀 é ☃ zzqx'
+"$P" --task sft --tokenizer "$D/trim/tokenizer.bin" --val-fraction 0 --out "$D/trim_sft" "$D/s.jsonl" > /dev/null
+equal "another data set with the same vocabulary" "$(text "$D/trim_sft/train.bin")" '<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
+same_file "its tokenizer.bin is the same" "$D/trim/tokenizer.bin" "$D/trim_sft/tokenizer.bin"
+found=$("$P" show "$D/trim/val.bin" | sed -n 's/.*bigram loss \([0-9.]*\).*/\1/p')
+{ ids "$D/trim/train.bin" | tr '\n' ' '; echo; ids "$D/trim/val.bin" | tr '\n' ' '; } > "$D/bigram"
+expected=$(awk -v V="$V" 'NR == 1 { N = NF; for (i = 1; i <= NF; i++) { c[$i]++; if (i > 1) { b[$(i-1) " " $i]++; before[$(i-1)]++ } } }
+    NR == 2 { best = 1e9; for (a = 1 / 16; a < 1e5; a *= 1.25) { sum = 0; for (i = 2; i <= NF; i++) {
+        p1 = (c[$i] + 1) / (N + V); sum -= log((b[$(i-1) " " $i] + a * p1) / (before[$(i-1)] + a)) }
+        if (sum / (NF - 1) < best) best = sum / (NF - 1) } printf "%.4f", best }' "$D/bigram")
+equal "bigram loss of val.bin, as awk computes it" "$found" "$expected"
+cp "$D/trim/train.bin" "$D/once"; cp "$D/trim/tokenizer.bin" "$D/once.tokenizer"
+"$P" --val-fraction 0.1 --out "$D/trim" --trim-vocab "$D/corpus.txt" > /dev/null
+same_file "again: the same tokens" "$D/once" "$D/trim/train.bin"
+same_file "again: the same vocabulary" "$D/once.tokenizer" "$D/trim/tokenizer.bin"
+
+echo "--- nothing half-written"
+cp "$D/full/train.bin" "$D/before"
+yes '{"text":"many words, many tokens, a large file"}' | head -n 100000 > "$D/many.jsonl"
+fails "a full disk" "cannot write" sh -c "ulimit -f 500; exec '$P' --out '$D/full' '$D/many.jsonl'"
+equal "a full disk leaves no unfinished file" "$(ls "$D/full" | tr '\n' ' ')" "tokenizer.bin train.bin val.bin "
+same_file "and the files of the run before" "$D/full/train.bin" "$D/before"
+mkfifo "$D/fifo"
+"$P" --out "$D/int" - < "$D/fifo" > "$D/log" 2>&1 &
+pid=$!
+exec 3> "$D/fifo"
+cat "$D/good.jsonl" >&3
+sleep 1
+kill -TERM $pid
+wait $pid
+code=$?
+exec 3>&-
+equal "interrupted: exit code, one line, no file" "$code $(grep -c 'interrupted' "$D/log") $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
+
+echo "--- mistakes"
+fails "no input" "no input" "$P" --out "$D/x"
+fails "no --out" "out is missing" "$P" "$D/l.jsonl"
+fails "a file that isn't there" "nothere.jsonl: No such file" "$P" --out "$D/x" "$D/l.jsonl" "$D/nothere.jsonl"
+fails "a directory" "is a directory" "$P" --out "$D/x" "$D"
+fails "an unknown tokenizer" "cannot open the tokenizer" "$P" --tokenizer "$D/nothere" --out "$D/x" "$D/l.jsonl"
+fails "a tokenizer that is none" "no tokenizer" "$P" --tokenizer "$D/t.txt" --out "$D/x" "$D/l.jsonl"
+fails "an unknown option" "did you mean --trim-vocab" "$P" --trim-vocap --out "$D/x" "$D/l.jsonl"
+fails "an unknown --eos" "no special token" "$P" --eos '<eos>' --out "$D/x" "$D/l.jsonl"
+fails "--special none has no end" "choose another --eos or --special" "$P" --special none --out "$D/x" "$D/l.jsonl"
+fails "--val-fraction 1" "must be below 1" "$P" --val-fraction 1 --out "$D/x" "$D/l.jsonl"
+fails "nothing kept" "nothing was kept of 3" "$P" --min-chars 100 --out "$D/x" "$D/l.jsonl"
+: > "$D/empty.jsonl"
+fails "an empty file" "nothing was kept of 0" "$P" --out "$D/x" "$D/empty.jsonl"
+fails "text for sft" "plain text" "$P" --task sft --out "$D/x" "$D/t.txt"
+fails "a token file as input" "is a token file already" "$P" --out "$D/x" "$D/full/train.bin"
+printf 'PAR1xxxx' > "$D/x.parquet"
+fails "Parquet" "Parquet" "$P" --out "$D/x" "$D/x.parquet"
+fails "--out is a file" "director" "$P" --out "$D/l.jsonl" "$D/l.jsonl"
+head -c 1000 "$D/full/train.bin" > "$D/short.bin"
+fails "show: a truncated file" "truncated" "$P" show "$D/short.bin"
+fails "show: another tokenizer" "not made with" "$P" show --tokenizer dev/data/qwen.bin "$D/trim/train.bin"
+"$P" --help > "$D/help"
+equal "--help lists every option" "$(for o in out task tokenizer special eos val-fraction trim-vocab field min-chars max-chars dedup template system show strict shard-tokens threads jsonl file documents; do
+    grep -q -e "--$o" "$D/help" || echo $o; done)" ""
+
+echo
+echo "passed $passed, failed $failed"
+[ $failed -eq 0 ]

@@ -259,11 +259,12 @@ bool next_json(Reader *r, Record *record) {
     record->text = s;
     record->line = r->line;
     record->problem = NULL;
+    if (!r->at_end && len < 3 && len > 0 && (unsigned char)*s == 0xEF) return false;
     if (len == 0) {
+        bool cut = r->at_end && r->open_arrays > 0;
+        if (cut) r->open_arrays = 0;
         record->len = 0;
         record->problem = "the file ends before its array does";
-        bool cut = r->at_end && r->open_arrays > 0;
-        r->open_arrays = 0;
         return cut;
     }
     if (*s == '{' || *s == '"') n = json_extent(r, s, len, &record->problem);
@@ -665,12 +666,14 @@ void encode_dpo(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     if (encode_side(e, d, record, json_get(record, "chosen"), "chosen", c) && encode_side(e, d, record, rejected, field, c)) check_length(d);
 }
 
-Task detect_task(const Json *record) {
+// A Task, or TASK_AUTO if the record has no field that says.
+int detect_task(const Json *record) {
     const char *field;
-    if (prep.field[0]) return TASK_PRETRAIN;
+    if (prep.field[0] || record->type == JSON_STRING) return TASK_PRETRAIN;
     if (json_get(record, "chosen") && first_of(record, REJECTED_FIELDS, &field)) return TASK_DPO;
     if (first_of(record, LIST_FIELDS, &field)) return TASK_SFT;
-    return first_of(record, PROMPT_FIELDS, &field) && first_of(record, ANSWER_FIELDS, &field) ? TASK_SFT : TASK_PRETRAIN;
+    if (first_of(record, PROMPT_FIELDS, &field) && first_of(record, ANSWER_FIELDS, &field)) return TASK_SFT;
+    return first_of(record, TEXT_FIELDS, &field) || first_of(record, ARTICLE_FIELDS, &field) ? TASK_PRETRAIN : TASK_AUTO;
 }
 
 // 3c. Any record.
@@ -1030,7 +1033,7 @@ void find_task(Preparation *run, const Tokenizer *t, Format format, const Record
     for (size_t i = 0; i < batch->count && run->task == TASK_AUTO; i++) {
         Json *json = format == FORMAT_JSON && !batch->list[i].problem ? json_parse(batch->list[i].text, batch->list[i].len, NULL) : NULL;
         if (format == FORMAT_TEXT) run->task = TASK_PRETRAIN;
-        if (json && json->type == JSON_OBJECT) run->task = detect_task(json);
+        if (json) run->task = detect_task(json);
         json_free(json);
     }
     run->encoder = encoder_make(t, run->task == TASK_AUTO ? TASK_PRETRAIN : (Task)run->task);

@@ -65,7 +65,7 @@ void check_tensors(const char *what, StoredTensors *s, const Model *m, const flo
 
 void test_family(const char *family, int B, int T) {
     char what[96];
-    const char *directory = strdup(path_of(FIXTURES "/%s", family));
+    const char *directory = path_of(FIXTURES "/%s", family);
     bool v1 = strcmp(family, "qwen") == 0;
     StoredTensors s = safetensors_open(directory, "expected");
     for (int setting = 0; setting < 2; setting++)
@@ -96,7 +96,7 @@ void test_family(const char *family, int B, int T) {
 }
 
 void test_adamw(const char *family, int B, int T) {
-    const char *directory = strdup(path_of(FIXTURES "/%s", family));
+    const char *directory = path_of(FIXTURES "/%s", family);
     StoredTensors s = safetensors_open(directory, "expected");
     Model m = {};
     model_load(&m, directory);
@@ -124,7 +124,7 @@ void test_adamw(const char *family, int B, int T) {
 }
 
 void test_greedy(const char *family) {
-    const char *directory = strdup(path_of(FIXTURES "/%s", family));
+    const char *directory = path_of(FIXTURES "/%s", family);
     StoredTensors s = safetensors_open(directory, "expected");
     float *prompt = expected(&s, "greedy.prompt", 5), *ids = expected(&s, "greedy.ids", 10);
     for (int split = 1; split <= 5; split++) {                   // the prompt in one piece, or in two
@@ -150,7 +150,7 @@ void test_greedy(const char *family) {
 }
 
 void test_rounded(const char *family, int B, int T) {            // bf16 in two files, fp16
-    const char *directory = strdup(path_of(FIXTURES "/%s", family));
+    const char *directory = path_of(FIXTURES "/%s", family);
     StoredTensors s = safetensors_open(directory, "expected");
     Model m = {};
     model_load(&m, directory);
@@ -467,7 +467,7 @@ void test_permute(void) {
 void test_windows(void) {
     uint32_t tokens[100];
     for (uint32_t i = 0; i < 100; i++) tokens[i] = i;
-    const char *path = strdup(path_of("%s/hundred.bin", scratch));
+    const char *path = path_of("%s/hundred.bin", scratch);
     write_tokens(path, tokens, 100, 1, TASK_PRETRAIN, 100);
     for (int shuffle = 0; shuffle < 2; shuffle++) {
         Loader l = open_loader(path, TASK_PRETRAIN, 8, 100, false, shuffle);
@@ -522,7 +522,7 @@ static const uint32_t DOCUMENTS[] = {                            // prompts (P) 
 enum { NUM_DOCUMENT_TOKENS = sizeof DOCUMENTS / 4 };
 
 void test_packing(void) {
-    const char *path = strdup(path_of("%s/sft.bin", scratch));
+    const char *path = path_of("%s/sft.bin", scratch);
     write_tokens(path, DOCUMENTS, NUM_DOCUMENT_TOKENS, 4, TASK_SFT, 50);
     Loader l = open_loader(path, TASK_SFT, 8, 50, true, false);
     Batch b;
@@ -564,7 +564,7 @@ void spoil(const char *path, long offset, const void *bytes, size_t count) {    
 
 void test_bad_token_files(void) {
     uint32_t tokens[40] = {0};
-    const char *path = strdup(path_of("%s/bad.bin", scratch)), *open_it = strdup(path_of("%s:0:8:100", path));
+    const char *path = path_of("%s/bad.bin", scratch), *open_it = path_of("%s:0:8:100", path);
     tokens[17] = 100;
     write_tokens(path, tokens, 40, 1, TASK_PRETRAIN, 100);
     check_fails("an id beyond the vocabulary", fail_open, open_it, "token 17 has id 100, but the model's vocabulary ends at 99");
@@ -608,14 +608,14 @@ void close_run(Run *run) { loader_close(&run->train), model_free(&run->model), f
 const char *random_tokens(const char *name, uint64_t count) {
     uint32_t *tokens = (uint32_t *)xmalloc(count * 4);
     for (uint64_t i = 0; i < count; i++) tokens[i] = (uint32_t)(mix64(i) % 59);
-    const char *path = strdup(path_of("%s/%s", scratch, name));
+    const char *path = path_of("%s/%s", scratch, name);
     write_tokens(path, tokens, count, 1, TASK_PRETRAIN, 59);
     free(tokens);
     return path;
 }
 
 void test_accumulation(void) {
-    const char *path = strdup(path_of("%s/sft4.bin", scratch));
+    const char *path = path_of("%s/sft4.bin", scratch);
     write_tokens(path, DOCUMENTS, NUM_DOCUMENT_TOKENS, 4, TASK_SFT, 59);
     static const int shapes[3][2] = {{4, 1}, {1, 4}, {2, 2}};
     StepResult results[3];
@@ -814,7 +814,7 @@ void test_init(void) {
 void test_checkpoint_round_trip(void) {
     for (int v1 = 0; v1 < 2; v1++) {
         Model m = {}, back = {};
-        const char *directory = strdup(path_of("%s/saved", scratch));
+        const char *directory = path_of("%s/saved", scratch);
         model_load(&m, v1 ? FIXTURES "/qwen" : FIXTURES "/qwen3");
         make_directory(directory);
         config_save(&m.config, path_of("%s/config.json", directory), F32, 0);
@@ -835,7 +835,7 @@ void fail_load(const char *directory) { Model m = {}; model_load(&m, directory);
 
 // Copies the qwen2 fixture, with the first `from` in config.json replaced by `to` (NULL: nothing replaced).
 const char *copy_model(const char *family, const char *from, const char *to) {
-    const char *directory = strdup(path_of("%s/model", scratch));
+    const char *directory = path_of("%s/model", scratch);
     make_directory(directory);
     size_t size;
     char *weights = read_file(path_of(FIXTURES "/%s/model.safetensors", family), &size), *config = read_file(path_of(FIXTURES "/%s/config.json", family), NULL);
@@ -899,7 +899,7 @@ void test_bad_models(void) {
         } else directory = copy_model(configs[i].family, configs[i].from, configs[i].to);
         check_fails("config.json", fail_load, directory, configs[i].message);
     }
-    const char *directory = copy_model("qwen2", NULL, NULL), *weights = strdup(path_of("%s/model.safetensors", directory));
+    const char *directory = copy_model("qwen2", NULL, NULL), *weights = path_of("%s/model.safetensors", directory);
     struct stat st;
     stat(weights, &st);
     spoil(weights, (long)st.st_size - 10, "", 0);

@@ -207,7 +207,8 @@ void table_add(TensorTable *t, int layer, int rows, int cols, Decay decay, Init 
     t->list = (TensorInfo *)xrealloc(t->list, (size_t)(t->count + 1) * sizeof(TensorInfo));
     TensorInfo *info = &t->list[t->count++];
     char prefix[32] = "", prefix_v1[32] = "";
-    if (layer >= 0) snprintf(prefix, sizeof prefix, "model.layers.%d.", layer), snprintf(prefix_v1, sizeof prefix_v1, "transformer.h.%d.", layer);
+    if (layer >= 0)
+        snprintf(prefix, sizeof prefix, "model.layers.%d.", layer), snprintf(prefix_v1, sizeof prefix_v1, "transformer.h.%d.", layer);
     snprintf(info->name, sizeof info->name, "%s%s", prefix, name);
     snprintf(info->name_v1, sizeof info->name_v1, "%s%s", prefix_v1, name_v1);
     info->layer = layer, info->rows = (size_t)rows, info->cols = (size_t)cols, info->offset = t->num_params;
@@ -295,7 +296,11 @@ typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t veci __attribute__((vector_size(VL * 4)));
 typedef float vec_at __attribute__((vector_size(VL * 4), aligned(4), may_alias));    // a vector anywhere in memory
 
+#ifdef __CUDACC__
+#define UNROLL               // nvcc does not know the pragma of the host compiler
+#else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
 
 // A matrix somewhere in memory: element (i, j) is data[i * row + j * col]. Transposing swaps row and col.
 typedef struct { const float *data; ptrdiff_t row, col; } View;
@@ -1002,7 +1007,7 @@ double gradient_norm(const float *grads, size_t count) {
 //    p = p (1 - lr decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps)
 // Matrices decay, norms and biases don't. The gradients are set to zero for the next step.
 typedef struct { float lr, beta1, beta2, eps, weight_decay; } AdamW;
-void adamw_step(Model *model, const AdamW *o, float grad_scale, int64_t step) {
+void adamw_step(Model *model, const AdamW *o, float grad_scale, long step) {
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step)));
     float correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
     for (int k = 0; k < model->table.count; k++) {
@@ -1024,7 +1029,7 @@ void adamw_step(Model *model, const AdamW *o, float grad_scale, int64_t step) {
 // peak * floor at the last step. wsd (warm-up, stable, decay) stays at the peak and falls over the last fifth.
 typedef enum { COSINE, LINEAR, WSD, CONSTANT } Schedule;
 static const char *const SCHEDULE_NAMES[] = {"cosine", "linear", "wsd", "constant", NULL};
-double learning_rate(Schedule schedule, int64_t step, int64_t steps, int64_t warmup, double peak, double floor) {
+double learning_rate(Schedule schedule, long step, long steps, long warmup, double peak, double floor) {
     if (step <= warmup) return peak * (double)step / (double)warmup;
     double begin = schedule == WSD ? (double)warmup + 0.8 * (double)(steps - warmup) : (double)warmup;
     double progress = ((double)step - begin) / ((double)steps - begin);              // 0 .. 1 over the decay
@@ -1092,7 +1097,8 @@ StoredTensor stored_tensor(const Json *entry, const char *path, uint64_t data_be
           "%s: tensor %s ends at byte %.0f of the data, but only %" PRIu64 " are there; the file is truncated or damaged", path, t.name,
           last ? last->number : 0.0, data_bytes);
     CHECK((size_t)(last->number - first->number) == t.elements * dtype_bytes(t.dtype),
-          "%s: tensor %s has %zu elements but %.0f bytes of data; the file is damaged", path, t.name, t.elements, last->number - first->number);
+          "%s: tensor %s has %zu elements but %.0f bytes of data; the file is damaged", path, t.name, t.elements,
+          last->number - first->number);
     t.begin = data_begin + (uint64_t)first->number;
     return t;
 }
@@ -1251,8 +1257,9 @@ void write_safetensors(const char *path, const TensorTable *table, int first, in
         for (int k = first; k < last; k++) {
             const TensorInfo *t = &table->list[k];
             size_t end = offset + t->rows * t->cols * width;
-            length += (size_t)snprintf(header + length, room - length, ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}",
-                                       blocks[b].prefix, t->name, DTYPE_NAMES[dtype], shape_text(shape, t->is_vector, t->rows, t->cols), offset, end);
+            length += (size_t)snprintf(header + length, room - length,
+                                       ",\"%s%s\":{\"dtype\":\"%s\",\"shape\":%s,\"data_offsets\":[%zu,%zu]}", blocks[b].prefix,
+                                       t->name, DTYPE_NAMES[dtype], shape_text(shape, t->is_vector, t->rows, t->cols), offset, end);
             offset = end;
         }
     length += (size_t)snprintf(header + length, room - length, "}");
@@ -1276,7 +1283,8 @@ double config_number(const Json *json, const char *path, const char *key) {
 }
 int config_size(const Json *json, const char *path, const char *key) {
     double value = config_number(json, path, key);
-    CHECK(value >= 1 && value <= (1 << 24) && value == floor(value), "%s: \"%s\" is %g, it should be a whole number from 1 to 2^24", path, key, value);
+    CHECK(value >= 1 && value <= (1 << 24) && value == floor(value), "%s: \"%s\" is %g, it should be a whole number from 1 to 2^24",
+          path, key, value);
     return (int)value;
 }
 bool config_true(const Json *json, const char *key) { const Json *value = json_get(json, key); return value && value->type == JSON_TRUE; }
@@ -1284,9 +1292,11 @@ bool config_given(const Json *json, const char *key) { const Json *value = json_
 
 // Keys that change what the model computes in ways this program doesn't know.
 void config_refuse(const Json *json, const char *path) {
-    static const char *const unknown[] = {"quantization_config", "num_experts", "num_local_experts", "moe_intermediate_size", "vision_config", NULL};
+    static const char *const unknown[] = {"quantization_config",   "num_experts",   "num_local_experts",
+                                          "moe_intermediate_size", "vision_config", NULL};
     for (int i = 0; unknown[i]; i++)
-        CHECK(!config_given(json, unknown[i]), "%s: \"%s\" is not supported; this program trains dense, unquantised Qwen models", path, unknown[i]);
+        CHECK(!config_given(json, unknown[i]), "%s: \"%s\" is not supported; this program trains dense, unquantised Qwen models", path,
+              unknown[i]);
     CHECK(!config_true(json, "use_sliding_window"), "%s: \"use_sliding_window\" is true; sliding-window attention is not supported", path);
     const Json *layer_types = json_get(json, "layer_types");
     for (const Json *type = layer_types ? layer_types->child : NULL; type; type = type->next)
@@ -1296,12 +1306,14 @@ void config_refuse(const Json *json, const char *path) {
     for (int i = 0; i < 2; i++) {
         const Json *scaling = json_get(json, scaling_keys[i]), *type = json_get(scaling, "rope_type");
         if (!type) type = json_get(scaling, "type");
-        bool plain = !scaling || scaling->type == JSON_NULL || (type ? type->type == JSON_STRING && strcmp(type->text, "default") == 0 : i == 1);
+        bool plain =
+            !scaling || scaling->type == JSON_NULL || (type ? type->type == JSON_STRING && strcmp(type->text, "default") == 0 : i == 1);
         CHECK(plain, "%s: \"%s\" of type %s is not supported; set it to null to train within the original length", path, scaling_keys[i],
               type && type->text ? type->text : "unknown");
     }
     const Json *activation = json_get(json, "hidden_act");
-    CHECK(!activation || (activation->type == JSON_STRING && strcmp(activation->text, "silu") == 0), "%s: \"hidden_act\" is not silu", path);
+    CHECK(!activation || (activation->type == JSON_STRING && strcmp(activation->text, "silu") == 0), "%s: \"hidden_act\" is not silu",
+          path);
 }
 
 Config config_load(const char *path, bool *v1_names) {
@@ -1312,13 +1324,15 @@ Config config_load(const char *path, bool *v1_names) {
     CHECK(v1 || v2 || v3, "%s: \"model_type\" is %s; this program trains qwen, qwen2 and qwen3", path, type->text);
     config_refuse(json, path);
     Config c = {};
-    c.V = config_size(json, path, "vocab_size"), c.C = config_size(json, path, "hidden_size"), c.I = config_size(json, path, "intermediate_size");
+    c.V = config_size(json, path, "vocab_size"), c.C = config_size(json, path, "hidden_size"),
+    c.I = config_size(json, path, "intermediate_size");
     c.L = config_size(json, path, "num_hidden_layers"), c.NH = config_size(json, path, "num_attention_heads");
     c.tied = config_true(json, "tie_word_embeddings"), c.qkv_bias = v1 || v2, c.qk_norm = v3;
     if (v1) {                                                    // intermediate_size counts both w1 and w2
         CHECK(c.I % 2 == 0, "%s: \"intermediate_size\" is %d, it should be even", path, c.I);
         c.I /= 2, c.NKV = c.NH, c.HD = config_size(json, path, "kv_channels"), c.max_T = config_size(json, path, "seq_length");
-        c.norm_eps = (float)config_number(json, path, "layer_norm_epsilon"), c.rope_base = (float)config_number(json, path, "rotary_emb_base");
+        c.norm_eps = (float)config_number(json, path, "layer_norm_epsilon"),
+        c.rope_base = (float)config_number(json, path, "rotary_emb_base");
         const Json *no_bias = json_get(json, "no_bias"), *rotary = json_get(json, "rotary_pct");
         CHECK(!no_bias || no_bias->type == JSON_TRUE, "%s: \"no_bias\" is not true; other biases than QKV's are not supported", path);
         CHECK(!rotary || rotary->number == 1.0, "%s: \"rotary_pct\" is not 1; partial rotary embeddings are not supported", path);
@@ -1334,7 +1348,8 @@ Config config_load(const char *path, bool *v1_names) {
     }
     CHECK(c.NH % c.NKV == 0, "%s: \"num_attention_heads\" (%d) is not a multiple of \"num_key_value_heads\" (%d)", path, c.NH, c.NKV);
     CHECK(c.HD % 2 == 0, "%s: the head size is %d; RoPE needs an even number", path, c.HD);
-    CHECK(c.norm_eps > 0 && c.rope_base > 1, "%s: the norm's epsilon (%g) and RoPE's base (%g) must be positive", path, c.norm_eps, c.rope_base);
+    CHECK(c.norm_eps > 0 && c.rope_base > 1, "%s: the norm's epsilon (%g) and RoPE's base (%g) must be positive", path, c.norm_eps,
+          c.rope_base);
     if (v1_names) *v1_names = v1;
     json_free(json);
     return c;
@@ -1346,9 +1361,11 @@ void config_save(const Config *c, const char *path, Dtype dtype, int end_id) {
     const char *dtype_name = dtype == BF16 ? "bfloat16" : "float32";
     fprintf(f, "{\n  \"architectures\": [\"%s\"],\n  \"model_type\": \"%s\",\n", c->qk_norm ? "Qwen3ForCausalLM" : "Qwen2ForCausalLM",
             c->qk_norm ? "qwen3" : "qwen2");
-    fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->V, c->C, c->I, c->L);
+    fprintf(f, "  \"vocab_size\": %d,\n  \"hidden_size\": %d,\n  \"intermediate_size\": %d,\n  \"num_hidden_layers\": %d,\n", c->V,
+            c->C, c->I, c->L);
     fprintf(f, "  \"num_attention_heads\": %d,\n  \"num_key_value_heads\": %d,\n  \"head_dim\": %d,\n", c->NH, c->NKV, c->HD);
-    fprintf(f, "  \"max_position_embeddings\": %d,\n  \"rope_theta\": %.9g,\n  \"rms_norm_eps\": %.9g,\n", c->max_T, c->rope_base, c->norm_eps);
+    fprintf(f, "  \"max_position_embeddings\": %d,\n  \"rope_theta\": %.9g,\n  \"rms_norm_eps\": %.9g,\n", c->max_T, c->rope_base,
+            c->norm_eps);
     fprintf(f, "  \"hidden_act\": \"silu\",\n  \"attention_bias\": %s,\n  \"attention_dropout\": 0.0,\n  \"use_sliding_window\": false,\n",
             c->qkv_bias ? "true" : "false");
     fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"initializer_range\": 0.02,\n  \"use_cache\": true,\n  \"torch_dtype\": \"%s\",\n",
@@ -1433,7 +1450,7 @@ int compare_candidates(const void *a, const void *b) {           // falling prob
     return x->id - y->id;
 }
 
-typedef struct { double temperature, top_p; int64_t top_k; bool greedy; } Sampler;       // top_k 0: all
+typedef struct { double temperature, top_p; long top_k; bool greedy; } Sampler;       // top_k 0: all
 
 // Chooses one of the first `count` ids: softmax(logits / temperature), cut to the top_k most likely ones and to the smallest set
 // whose probability reaches top_p; `coin` in [0, 1) picks from what is left. Overwrites the logits.
@@ -1509,7 +1526,7 @@ typedef struct {
     const char *name;                // without the two dashes
     unsigned commands;               // bit mask: which commands know it
     OptionType type;
-    void *value;                     // int64_t, double, const char *, bool, int
+    void *value;                     // long, double, const char *, bool, int
     double least;                    // smallest value of numbers
     const char *const *choices;      // NULL-terminated; for OPTION_CHOICE
     const char *meaning;
@@ -1517,7 +1534,7 @@ typedef struct {
 
 // The value as text, as it would be given.
 const char *option_text(const Option *o, char *buffer, size_t size) {
-    if (o->type == OPTION_INT) snprintf(buffer, size, "%" PRId64, *(int64_t *)o->value);
+    if (o->type == OPTION_INT) snprintf(buffer, size, "%ld", *(long *)o->value);
     else if (o->type == OPTION_FLOAT) snprintf(buffer, size, "%g", *(double *)o->value);
     else if (o->type == OPTION_STRING) snprintf(buffer, size, "%s", *(const char **)o->value);
     else if (o->type == OPTION_FLAG) snprintf(buffer, size, "%s", *(bool *)o->value ? "on" : "off");
@@ -1532,7 +1549,8 @@ void print_options(const Option *table, unsigned command) {
         snprintf(left, sizeof left, "--%s%s", o->name, o->type == OPTION_FLAG ? "" : o->type == OPTION_STRING ? " X" : " N");
         if (o->type == OPTION_CHOICE) {
             snprintf(left, sizeof left, "--%s ", o->name);
-            for (int i = 0; o->choices[i]; i++) snprintf(left + strlen(left), sizeof left - strlen(left), "%s%s", i ? "|" : "", o->choices[i]);
+            for (int i = 0; o->choices[i]; i++)
+                snprintf(left + strlen(left), sizeof left - strlen(left), "%s%s", i ? "|" : "", o->choices[i]);
         }
         printf("  %-42s %s", left, o->meaning);
         if (o->type != OPTION_FLAG && option_text(o, text, sizeof text)[0]) printf(" (%s)", text);
@@ -1579,7 +1597,7 @@ void set_option(const Option *o, const char *text) {
     }
     if (o->type == OPTION_INT) {
         CHECK(number == floor(number) && fabs(number) < 9e15, "--%s needs a whole number, not '%s'", o->name, text);
-        *(int64_t *)o->value = (int64_t)number;
+        *(long *)o->value = (long)number;
     } else if (o->type == OPTION_FLOAT) {
         *(double *)o->value = number;
     } else if (o->type == OPTION_STRING) {
@@ -1628,8 +1646,9 @@ static const char *const TRAIN_TASKS[] = {"pretrain", "sft", NULL};
 static struct {
     const char *model, *data, *val, *out, *prompt;
     int task, schedule, save_dtype, doc_mask;
-    int64_t steps, epochs, batch, seq, accum, total_batch, warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed, recompute, log_every;
-    int64_t max_tokens, top_k;
+    long steps, epochs, batch, seq, accum, total_batch, warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed,
+        recompute, log_every;
+    long max_tokens, top_k;
     double lr, min_lr, weight_decay, beta1, beta2, eps, clip, temperature, top_p;
     bool resume, greedy, ids, json;
 } opt = {
@@ -1645,9 +1664,9 @@ static struct {
 #define G_ COMMAND_GENERATE
 #define I_ COMMAND_INFO
 static const Option OPTIONS[] = {
-    {"model",        T_|G_|I_, OPTION_STRING, &opt.model,        0, NULL, "a preset's name, a Hugging Face directory, or a run's --out directory"},
-    {"data",         T_,       OPTION_STRING, &opt.data,         0, NULL, "training tokens: a file, a 'pattern*.bin', or a directory with train*.bin"},
-    {"val",          T_,       OPTION_STRING, &opt.val,          0, NULL, "validation tokens; default: val*.bin where --data is a directory"},
+    {"model",        T_|G_|I_, OPTION_STRING, &opt.model,        0, NULL, "a preset, a Hugging Face directory, or a run's --out directory"},
+    {"data",         T_,       OPTION_STRING, &opt.data,         0, NULL, "training tokens: a file, 'pattern*.bin', or a directory"},
+    {"val",          T_,       OPTION_STRING, &opt.val,          0, NULL, "validation tokens; default: val*.bin in the directory --data"},
     {"out",          T_,       OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs go into this directory"},
     {"task",         T_,       OPTION_CHOICE, &opt.task,         0, TRAIN_TASKS, "what the data was prepared for"},
     {"steps",        T_,       OPTION_INT,    &opt.steps,        0, NULL, "updates; 0: as many as --epochs have"},
@@ -1656,26 +1675,26 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak learning rate; 0: 2e-3 for tiny, 1e-5 from a checkpoint, else 1e-4"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2e-3 for tiny, 1e-5 for a checkpoint, or 1e-4"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
-    {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 % of them, at most 1000"},
+    {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
     {"weight-decay", T_,       OPTION_FLOAT,  &opt.weight_decay, 0, NULL, "AdamW's decay of matrices; norms and biases have none"},
     {"beta1",        T_,       OPTION_FLOAT,  &opt.beta1,        0, NULL, "AdamW's mean of gradients"},
     {"beta2",        T_,       OPTION_FLOAT,  &opt.beta2,        0, NULL, "AdamW's mean of their squares"},
     {"eps",          T_,       OPTION_FLOAT,  &opt.eps,          0, NULL, "AdamW's epsilon"},
     {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
-    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_AUTO, "attention stops at document borders; auto: on except for pretraining"},
-    {"recompute",    T_|I_,    OPTION_INT,    &opt.recompute,    0, NULL, "memory for time: 0 keep all activations, 1 not norms and SwiGLU, 2 layer inputs only"},
+    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_AUTO, "attention ends at document borders; auto: only in SFT"},
+    {"recompute",    T_|I_,    OPTION_INT,    &opt.recompute,    0, NULL, "2 keeps layer inputs only, 1 all but norms and SwiGLU, 0 all"},
     {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
     {"eval-tokens",  T_,       OPTION_INT,    &opt.eval_tokens,  1, NULL, "at most so many tokens of the validation data"},
-    {"sample-every", T_,       OPTION_INT,    &opt.sample_every, 0, NULL, "print a sample every so many updates, and three at the end; 0: never"},
-    {"save-every",   T_,       OPTION_INT,    &opt.save_every,   0, NULL, "checkpoint every so many updates, and at the end; 0: only there"},
-    {"keep",         T_,       OPTION_INT,    &opt.keep,         0, NULL, "checkpoints to keep; older ones are deleted after a save; 0: all"},
+    {"sample-every", T_,       OPTION_INT,    &opt.sample_every, 0, NULL, "print a sample every so many updates; 0: never"},
+    {"save-every",   T_,       OPTION_INT,    &opt.save_every,   0, NULL, "save every so many updates, and at the end; 0: only there"},
+    {"keep",         T_,       OPTION_INT,    &opt.keep,         0, NULL, "checkpoints to keep; the oldest are deleted; 0: keep all"},
     {"save-dtype",   T_,       OPTION_CHOICE, &opt.save_dtype,   0, SAVE_DTYPES, "number format of saved weights"},
     {"resume",       T_,       OPTION_FLAG,   &opt.resume,       0, NULL, "go on from the newest checkpoint in --out"},
     {"log-every",    T_,       OPTION_INT,    &opt.log_every,    1, NULL, "print every so many updates (log.jsonl holds all)"},
-    {"prompt",       G_,       OPTION_STRING, &opt.prompt,       0, NULL, "text to continue; default: standard input. <|im_start|> and the like are special"},
+    {"prompt",       G_,       OPTION_STRING, &opt.prompt,       0, NULL, "text to continue; <|im_start|> is special; default: stdin"},
     {"max-tokens",   G_,       OPTION_INT,    &opt.max_tokens,   1, NULL, "stop after so many tokens"},
     {"greedy",       G_,       OPTION_FLAG,   &opt.greedy,       0, NULL, "always take the most likely token"},
     {"temperature",  G_,       OPTION_FLOAT,  &opt.temperature,  0, NULL, "below 1 plays safe, above 1 is adventurous"},
@@ -1717,7 +1736,7 @@ size_t event_begin(unsigned char *event) {                       // wall_time
     return 9;
 }
 
-void event_scalar(FILE *f, const char *tag, int64_t step, double value) {
+void event_scalar(FILE *f, const char *tag, long step, double value) {
     unsigned char event[160];
     size_t n = event_begin(event), tag_bytes = strlen(tag);
     float number = (float)value;
@@ -1736,7 +1755,7 @@ void event_scalar(FILE *f, const char *tag, int64_t step, double value) {
 typedef struct { FILE *json, *events; } Log;                     // out/log.jsonl and out/events.out.tfevents.*
 
 // With resume_step > 0 the lines of later steps, from before a crash, are dropped.
-Log log_open(const char *out, int64_t resume_step) {
+Log log_open(const char *out, long resume_step) {
     const char *path = path_of("%s/log.jsonl", out);
     if (resume_step > 0 && file_exists(path)) {
         char *text = read_file(path, NULL);
@@ -1808,14 +1827,14 @@ typedef struct {
     Loader train, val;
     bool has_val;
     Log log;
-    int64_t step, steps;             // updates done, updates in all
+    long step, steps;             // updates done, updates in all
     uint64_t position;               // rows of the training data used so far
     char last_saved[4096];
 } Run;
 
 void trainer_json(const Run *run, const char *path) {
     FILE *f = create_file(path);
-    fprintf(f, "{\n  \"step\": %" PRId64 ",\n  \"steps\": %" PRId64 ",\n  \"position\": %" PRIu64 ",\n", run->step, run->steps, run->position);
+    fprintf(f, "{\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"position\": %" PRIu64 ",\n", run->step, run->steps, run->position);
     fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n  \"options\": {", run->train.fingerprint);
     bool first = true;
     for (const Option *o = OPTIONS; o->name; o++) {
@@ -1836,7 +1855,7 @@ void save_checkpoint(Run *run) {
     Model *m = &run->model;
     Dtype dtype = (Dtype)opt.save_dtype;
     char final[4096], unfinished[4096];
-    snprintf(final, sizeof final, "%s/step_%08" PRId64, opt.out, run->step);
+    snprintf(final, sizeof final, "%s/step_%08ld", opt.out, run->step);
     if (strcmp(final, run->last_saved) == 0) return;
     snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
     delete_directory(unfinished);
@@ -1845,7 +1864,9 @@ void save_checkpoint(Run *run) {
     config_save(&m->config, path_of("%s/config.json", unfinished), dtype, end_id);
     const char *path = path_of("%s/generation_config.json", unfinished);
     FILE *f = create_file(path);
-    fprintf(f, "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
+    fprintf(f,
+            "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n"
+            "  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
             run->tokenizer->im_end, run->tokenizer->endoftext, run->tokenizer->endoftext, opt.temperature, opt.top_p);
     close_file(f, path);
     tokenizer_save_hf(run->tokenizer, unfinished);
@@ -1876,7 +1897,7 @@ void resume_checkpoint(Run *run, const char *from) {
     snprintf(master, sizeof master, "master.%s", m->table.list[0].name);
     if (safetensors_find(&stored, master)) load_tensors(&stored, from, &m->table, m->params_memory, "master.", false);
     safetensors_close(&stored);
-    run->step = (int64_t)config_number(json, path, "step"), run->position = (uint64_t)config_number(json, path, "position");
+    run->step = (long)config_number(json, path, "step"), run->position = (uint64_t)config_number(json, path, "position");
     const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options");
     char fingerprint[32];
     snprintf(fingerprint, sizeof fingerprint, "%016" PRIx64, run->train.fingerprint);
@@ -1886,12 +1907,13 @@ void resume_checkpoint(Run *run, const char *from) {
         const Json *before = json_get(options, o->name);
         char text[4096];
         if (!before || before->type != JSON_STRING || strcmp(option_text(o, text, sizeof text), before->text) == 0) continue;
-        CHECK(strcmp(o->name, "seq") != 0 && strcmp(o->name, "seed") != 0, "--%s was %s in %s, it must stay so on --resume", o->name, before->text, from);
+        CHECK(strcmp(o->name, "seq") != 0 && strcmp(o->name, "seed") != 0, "--%s was %s in %s, it must stay so on --resume", o->name,
+              before->text, from);
         printf("resume: --%s was %s, is now %s\n", o->name, before->text, text);
     }
     json_free(json);
     snprintf(run->last_saved, sizeof run->last_saved, "%s", from);
-    printf("resumed %s at update %" PRId64 "\n", from, run->step);
+    printf("resumed %s at update %ld\n", from, run->step);
 }
 
 // Mean loss over the validation data, at most --eval-tokens of it. Changes nothing that training depends on.
@@ -1943,7 +1965,7 @@ double measure_peak_flops(void) {
         float *c = thread_buffer(BUFFER_ROW, MR * NR);
         memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
         double begin = now_s(), seconds = 0;
-        int64_t calls = 0;
+        long calls = 0;
         for (; seconds < 0.02; calls += 100, seconds = now_s() - begin)
             for (int i = 0; i < 100; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
         flops += (double)calls * 2 * MR * NR * KC / seconds;
@@ -1953,7 +1975,8 @@ double measure_peak_flops(void) {
 
 // Matrix multiplications of forward (2 per weight) and backward (4 per weight), and causal attention: 6 T NH HD a layer.
 size_t matmul_params(const Config *c) {
-    return (size_t)c->L * ((size_t)(qkv_width(c) + c->NH * c->HD) * (size_t)c->C + 3 * (size_t)c->C * (size_t)c->I) + (size_t)c->V * (size_t)c->C;
+    return (size_t)c->L * ((size_t)(qkv_width(c) + c->NH * c->HD) * (size_t)c->C + 3 * (size_t)c->C * (size_t)c->I) +
+           (size_t)c->V * (size_t)c->C;
 }
 double flops_per_token(const Config *c, int T) { return 6.0 * (double)matmul_params(c) + 6.0 * c->L * (double)T * c->NH * c->HD; }
 
@@ -1976,7 +1999,8 @@ Config config_of_model(const char *model, const char **checkpoint) {
     *checkpoint = preset ? NULL : find_checkpoint(model);
     if (preset) return preset->config;
     char names[512] = "";
-    for (int i = 0; i < NUM_PRESETS; i++) snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", PRESETS[i].name);
+    for (int i = 0; i < NUM_PRESETS; i++)
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", PRESETS[i].name);
     CHECK(*checkpoint, "--model %s is neither a directory with a config.json nor a preset (%s)", model, names);
     return config_load(path_of("%s/config.json", *checkpoint), NULL);
 }
@@ -1996,11 +2020,13 @@ void make_default_data(void) {
 Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
     const char *slash = strrchr(shard->path, '/');
     const char *beside = path_of("%.*stokenizer.bin", slash ? (int)(slash + 1 - shard->path) : 0, shard->path);
-    bool model_has_one = checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint))
-                                        || file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
+    bool model_has_one =
+        checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint)) ||
+                       file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
     const char *from = model_has_one ? checkpoint : file_exists(beside) ? beside : "dev/data/qwen.bin";
     Tokenizer *t = tokenizer_load(from);
-    CHECK(t->hash == shard->header->tokenizer_hash, "%s was not made with the tokenizer of %s; prepare it again, with --tokenizer %s", shard->path, from, from);
+    CHECK(t->hash == shard->header->tokenizer_hash, "%s was not made with the tokenizer of %s; prepare it again, with --tokenizer %s",
+          shard->path, from, from);
     if (checkpoint && !model_has_one) printf("note: %s has no tokenizer files; taking the data's for the model's\n", checkpoint);
     return t;
 }
@@ -2015,24 +2041,25 @@ void open_val(Run *run, Task task, bool doc_mask) {
     CHECK(run->val.shards[0].header->tokenizer_hash == run->train.shards[0].header->tokenizer_hash,
           "%s and %s come from different tokenizers; prepare both with the same one", run->val.shards[0].path, run->train.shards[0].path);
     loader_open(&run->val, task, (int)opt.seq, run->model.config.V, doc_mask, false, 0);
-    CHECK(run->val.num_rows > 0, "%s has %" PRIu64 " tokens, one row of --seq %" PRId64 " needs %" PRId64, run->val.shards[0].path,
+    CHECK(run->val.num_rows > 0, "%s has %" PRIu64 " tokens, one row of --seq %ld needs %ld", run->val.shards[0].path,
           run->val.num_tokens, opt.seq, opt.seq + 1);
 }
 
 // Replaces automatic options by numbers, and refuses combinations that can't work. Sizes are known once the loader is open.
 void resolve_options(Run *run, bool from_checkpoint) {
-    int64_t micro_tokens = opt.batch * opt.seq;
+    long micro_tokens = opt.batch * opt.seq;
     if (opt.total_batch > 0) {
-        CHECK(opt.total_batch % micro_tokens == 0, "--total-batch %" PRId64 " is not a multiple of --batch x --seq = %" PRId64, opt.total_batch, micro_tokens);
+        CHECK(opt.total_batch % micro_tokens == 0, "--total-batch %ld is not a multiple of --batch x --seq = %ld", opt.total_batch,
+              micro_tokens);
         opt.accum = opt.total_batch / micro_tokens;
     }
     uint64_t rows = (uint64_t)(opt.batch * opt.accum);
-    CHECK(run->train.num_rows >= rows, "%s has %" PRIu64 " tokens, enough for %" PRIu64 " rows; one update of --batch %" PRId64 " x --accum %" PRId64
-          " rows of --seq %" PRId64 " needs %" PRIu64 " tokens", opt.data, run->train.num_tokens, run->train.num_rows, opt.batch, opt.accum,
+    CHECK(run->train.num_rows >= rows, "%s has %" PRIu64 " tokens, enough for %" PRIu64 " rows; one update of --batch %ld x --accum %ld"
+          " rows of --seq %ld needs %" PRIu64 " tokens", opt.data, run->train.num_tokens, run->train.num_rows, opt.batch, opt.accum,
           opt.seq, rows * (uint64_t)opt.seq + 1);
-    run->steps = opt.steps > 0 ? opt.steps : (int64_t)(run->train.num_rows * (uint64_t)opt.epochs / rows);
+    run->steps = opt.steps > 0 ? opt.steps : (long)(run->train.num_rows * (uint64_t)opt.epochs / rows);
     if (opt.warmup < 0) opt.warmup = run->steps / 20 < 1000 ? run->steps / 20 : 1000;
-    CHECK(opt.warmup < run->steps, "--warmup %" PRId64 " leaves nothing of the %" PRId64 " updates", opt.warmup, run->steps);
+    CHECK(opt.warmup < run->steps, "--warmup %ld leaves nothing of the %ld updates", opt.warmup, run->steps);
     CHECK(opt.min_lr <= 1, "--min-lr %g is a fraction of --lr, at most 1", opt.min_lr);
     CHECK(opt.beta1 < 1 && opt.beta2 < 1, "--beta1 %g and --beta2 %g must be below 1", opt.beta1, opt.beta2);
     if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2e-3 : 1e-4;
@@ -2054,9 +2081,9 @@ void run_open(Run *run) {
     run->tokenizer = open_tokenizer(&run->train.shards[0], checkpoint);
     if (config.V == 0) config.V = (run->tokenizer->vocab_size + 63) / 64 * 64;
     if (resume_from) config = config_load(path_of("%s/config.json", resume_from), NULL);
-    CHECK(opt.seq <= config.max_T, "--seq %" PRId64 " is longer than the model's %d positions", opt.seq, config.max_T);
-    CHECK(opt.recompute <= RECOMPUTE_LAYERS, "--recompute is %" PRId64 ", it must be 0, 1 or 2", opt.recompute);
-    CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %" PRId64 ": too large", opt.batch * opt.seq);
+    CHECK(opt.seq <= config.max_T, "--seq %ld is longer than the model's %d positions", opt.seq, config.max_T);
+    CHECK(opt.recompute <= RECOMPUTE_LAYERS, "--recompute is %ld, it must be 0, 1 or 2", opt.recompute);
+    CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
 
     Task task = (Task)opt.task;
     bool doc_mask = opt.doc_mask == 0 ? task != TASK_PRETRAIN : opt.doc_mask == 1;
@@ -2092,13 +2119,13 @@ void print_run(const Run *run) {
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
-    printf("model     %s: %d layers, width %d, %d/%d heads x %d, MLP %d, vocabulary %d: %.1fM parameters\n", opt.model, c->L, c->C, c->NH, c->NKV,
-           c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
+    printf("model     %s: %d layers, width %d, %d/%d heads x %d, MLP %d, vocabulary %d: %.1fM parameters\n", opt.model, c->L, c->C,
+           c->NH, c->NKV, c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
     printf("data      %s: %.2fM tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, (double)l->num_tokens / 1e6, l->num_shards,
            l->num_shards == 1 ? "" : "s", l->num_rows, l->T);
     if (l->num_cut > 0) printf(" (%" PRIu64 " documents were longer and are cut)", l->num_cut);
     if (run->has_val) printf("; validation %.2fM tokens", (double)run->val.num_tokens / 1e6);
-    printf("\nupdates   %" PRId64 " of %" PRId64 " x %" PRId64 " x %" PRId64 " = %" PRId64 " tokens; rate %g %s, warm-up %" PRId64 "\n", run->steps, opt.accum,
+    printf("\nupdates   %ld of %ld x %ld x %ld = %ld tokens; rate %g %s, warm-up %ld\n", run->steps, opt.accum,
            opt.batch, opt.seq, opt.accum * opt.batch * opt.seq, opt.lr, SCHEDULE_NAMES[opt.schedule], opt.warmup);
     printf("machine   %d thread%s, vectors of %d floats%s\n\n", threads, threads == 1 ? "" : "s", VL,
 #ifdef _OPENMP
@@ -2133,7 +2160,7 @@ StepResult train_step(Run *run, const Batch *update) {
     }
     r.norm = gradient_norm(m->grads_memory, m->table.num_params);
     if (!isfinite(r.loss) || !isfinite(r.norm))
-        DIE("update %" PRId64 ": the loss is %g and the gradient's norm %g, at row %" PRIu64 " of the data; stopped before they reach the weights. "
+        DIE("update %ld: the loss is %g and the gradient's norm %g, at row %" PRIu64 " of the data; stopped before they reach the weights. "
             "Last checkpoint: %s. Try a lower --lr, or look at the data there", run->step + 1, r.loss, r.norm, run->position,
             run->last_saved[0] ? run->last_saved : "none");
     AdamW adamw = {(float)r.lr, (float)opt.beta1, (float)opt.beta2, (float)opt.eps, (float)opt.weight_decay};
@@ -2147,7 +2174,8 @@ StepResult train_step(Run *run, const Batch *update) {
 void report_step(const Run *run, const StepResult *r, double seconds, double left_s, double peak) {
     double tokens = (double)(opt.batch * opt.accum * opt.seq), per_s = tokens / seconds;
     double percent = 100 * per_s * flops_per_token(&run->model.config, run->model.T) / peak;
-    fprintf(run->log.json, "{\"step\":%" PRId64 ",\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"targets\":%.0f,\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", run->step,
+    fprintf(run->log.json,
+            "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"targets\":%.0f,\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", run->step,
             r->loss, r->norm, r->lr, r->targets, seconds * 1e3, per_s);
     fflush(run->log.json);
     event_scalar(run->log.events, "train/loss", run->step, r->loss);
@@ -2156,11 +2184,11 @@ void report_step(const Run *run, const StepResult *r, double seconds, double lef
     event_scalar(run->log.events, "train/tokens_per_s", run->step, per_s);
     bool line = run->step % opt.log_every == 0 || run->step == 1 || run->step == run->steps, terminal = isatty(STDOUT_FILENO);
     if (!line && !terminal) return;
-    printf("%supdate %*" PRId64 "/%" PRId64 " | loss %.4f | norm %6.3f | lr %.2e | %5.0f ms | %6.0f tok/s | %2.0f %% of peak | %s left%s",
+    printf("%supdate %*ld/%ld | loss %.4f | norm %6.3f | lr %.2e | %5.0f ms | %6.0f tok/s | %2.0f %% of peak | %s left%s",
            terminal ? "\r" : "", run->steps < 1000 ? 3 : 6, run->step, run->steps, r->loss, r->norm, r->lr, seconds * 1e3, per_s, percent,
            time_text(left_s), line ? "\n" : terminal ? "\033[K" : "");
     fflush(stdout);
-    if (r->targets == 0) printf("\nnote: update %" PRId64 " had no target to learn from (only prompts); nothing was changed\n", run->step);
+    if (r->targets == 0) printf("\nnote: update %ld had no target to learn from (only prompts); nothing was changed\n", run->step);
 }
 
 double report_val(Run *run) {
@@ -2171,7 +2199,7 @@ double report_val(Run *run) {
     float bigram = run->val.shards[0].header->bigram_loss;
     if (bigram > 0) printf("; a bigram model of the training data has %.4f", bigram);
     printf("\n");
-    fprintf(run->log.json, "{\"step\":%" PRId64 ",\"val_loss\":%.9g}\n", run->step, loss);
+    fprintf(run->log.json, "{\"step\":%ld,\"val_loss\":%.9g}\n", run->step, loss);
     fflush(run->log.json);
     event_scalar(run->log.events, "val/loss", run->step, loss);
     return loss;
@@ -2198,10 +2226,10 @@ void train(void) {
     claim_out(run);
     run->log = log_open(opt.out, run->step);
     print_run(run);
-    CHECK(run->step < run->steps, "%s is complete: %" PRId64 " updates; a larger --steps or --epochs goes on", opt.out, run->step);
+    CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
     signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
     double peak = measure_peak_flops(), begin = now_s();
-    int64_t first = run->step;
+    long first = run->step;
     Batch update;
     batch_alloc(&update, (int)(opt.batch * opt.accum), (int)opt.seq);
     while (run->step < run->steps && !stop_requested) {
@@ -2214,7 +2242,7 @@ void train(void) {
         if (!last && opt.sample_every > 0 && run->step % opt.sample_every == 0) print_samples(run, 1);
         if (!last && opt.save_every > 0 && run->step % opt.save_every == 0) save_checkpoint(run);
     }
-    if (stop_requested) printf("\nstopped by a signal after update %" PRId64 "; go on with --resume\n", run->step);
+    if (stop_requested) printf("\nstopped by a signal after update %ld; go on with --resume\n", run->step);
     if (!stop_requested) report_val(run);
     if (!stop_requested && opt.sample_every > 0) print_samples(run, 3);
     save_checkpoint(run);
@@ -2236,9 +2264,11 @@ void print_info(void) {
     for (int level = 0; level < 3; level++) activations[level] = 4.0 * (double)activations_floats(&c, B, T, (Recompute)level, true);
     double total = 4 * parameters + activations[opt.recompute];
     if (opt.json) {
-        printf("{\"model\":\"%s\",\"parameters\":%zu,\"flops_per_token\":%.0f,\"batch\":%d,\"seq\":%d,\"recompute\":%" PRId64 ",\"parameters_bytes\":%.0f,"
-               "\"gradients_bytes\":%.0f,\"optimizer_bytes\":%.0f,\"activations_bytes\":%.0f,\"total_bytes\":%.0f}\n", opt.model, table.num_params,
-               flops, B, T, opt.recompute, parameters, parameters, 2 * parameters, activations[opt.recompute], total);
+        printf("{\"model\":\"%s\",\"parameters\":%zu,\"flops_per_token\":%.0f,\"batch\":%d,\"seq\":%d,\"recompute\":%ld,", opt.model,
+               table.num_params, flops, B, T, opt.recompute);
+        printf("\"parameters_bytes\":%.0f,\"gradients_bytes\":%.0f,\"optimizer_bytes\":%.0f,"
+               "\"activations_bytes\":%.0f,\"total_bytes\":%.0f}\n",
+               parameters, parameters, 2 * parameters, activations[opt.recompute], total);
         return;
     }
     printf("%s\n\n  %-46s %-16s %12s  %s\n", opt.model, "tensor", "shape", "parameters", "decay");
@@ -2246,17 +2276,19 @@ void print_info(void) {
         const TensorInfo *t = &table.list[k];
         char shape[64];
         if (t->layer > 0) continue;                              // layers are alike
-        printf("  %-46s %-16s %12zu  %s\n", t->name, shape_text(shape, t->is_vector, t->rows, t->cols), t->rows * t->cols, t->decay == DECAY ? "yes" : "no");
+        printf("  %-46s %-16s %12zu  %s\n", t->name, shape_text(shape, t->is_vector, t->rows, t->cols), t->rows * t->cols,
+               t->decay == DECAY ? "yes" : "no");
     }
     printf("  %d layers like layer 0\n\n", c.L);
     printf("parameters        %zu\n", table.num_params);
-    printf("FLOPs per token   %.4g  (forward and backward at --seq %d: 6 x %zu weights in matrices + attention 6 x %d x %d x %d x %d)\n", flops, T,
-           matmul_params(&c), c.L, T, c.NH, c.HD);
+    printf(
+        "FLOPs per token   %.4g  (forward and backward at --seq %d: 6 x %zu weights in matrices + attention 6 x %d x %d x %d x %d)\n",
+        flops, T, matmul_params(&c), c.L, T, c.NH, c.HD);
     printf("\nmemory of ./train_qwen (fp32) at --batch %d --seq %d, GB\n", B, T);
     printf("  parameters  %8.3f    gradients  %8.3f    AdamW's m and v  %8.3f\n", parameters / 1e9, parameters / 1e9, 2 * parameters / 1e9);
     for (int level = 0; level < 3; level++)
-        printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations[level] / 1e9, level, (4 * parameters + activations[level]) / 1e9,
-               level == opt.recompute ? "   <- chosen" : "");
+        printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations[level] / 1e9, level,
+               (4 * parameters + activations[level]) / 1e9, level == opt.recompute ? "   <- chosen" : "");
     free(table.list);
 }
 
@@ -2284,11 +2316,12 @@ void generate_text(void) {
     int *tokens = (int *)xmalloc(list.count * sizeof(int)), max_T = m.config.max_T, count = (int)list.count;
     for (int i = 0; i < count; i++) {
         tokens[i] = (int)list.ids[i];
-        CHECK(tokens[i] < m.config.V, "the prompt has token %d, but the model's vocabulary ends at %d; are these tokenizer files the model's?",
-              tokens[i], m.config.V - 1);
+        CHECK(tokens[i] < m.config.V,
+              "the prompt has token %d, but the model's vocabulary ends at %d; are these tokenizer files the model's?", tokens[i],
+              m.config.V - 1);
     }
     CHECK(list.count < (size_t)max_T, "the prompt has %zu tokens, the model has %d positions", list.count, max_T);
-    int64_t T = count + opt.max_tokens;
+    long T = count + opt.max_tokens;
     model_alloc_run(&m, 1, (int)(T < max_T ? T : max_T), KEEP_ALL, EVALUATE);
     Sampler sampler = {opt.temperature, opt.top_p, opt.top_k, opt.greedy};
     Printer printer = {tokenizer, {}, stdout};

@@ -238,10 +238,10 @@ bool json_resync(Reader *r) {
         while (first < rest && (s[first] == ' ' || s[first] == '\t')) first++;
         if (first == rest && !r->at_end) return reader_advance(r, newline ? line - 1 : rest), false;
         reader_advance(r, line);
-        if (first < rest && s[first] == '{' && first - line <= r->lost_column) break;
+        if (first < rest && s[first] == '{' && first - line <= r->lost_column) return r->lost = false, true;
     }
-    r->lost = false;
-    return true;
+    if (r->at_end) r->lost = false;
+    return r->at_end;
 }
 
 // JSON lines, several values on a line, pretty-printed values and arrays of values are all the same here: values, and commas and
@@ -673,7 +673,7 @@ int detect_task(const Json *record) {
     if (json_get(record, "chosen") && first_of(record, REJECTED_FIELDS, &field)) return TASK_DPO;
     if (first_of(record, LIST_FIELDS, &field)) return TASK_SFT;
     if (first_of(record, PROMPT_FIELDS, &field) && first_of(record, ANSWER_FIELDS, &field)) return TASK_SFT;
-    return first_of(record, TEXT_FIELDS, &field) || first_of(record, ARTICLE_FIELDS, &field) ? TASK_PRETRAIN : TASK_AUTO;
+    return first_of(record, TEXT_FIELDS, &field) || first_of(record, ARTICLE_FIELDS, &field) ? (int)TASK_PRETRAIN : TASK_AUTO;
 }
 
 // 3c. Any record.

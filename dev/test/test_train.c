@@ -176,7 +176,7 @@ typedef void (*Formula)(double *y, const double *x);
 
 void check_layer(const char *what, Formula formula, const float *x, int num_x, const float *y, int num_y, const float *dy, const float *dx) {
     double *xd = (double *)xcalloc((size_t)num_x, sizeof(double)), *yd = (double *)xcalloc((size_t)num_y, sizeof(double));
-    float *wanted_y = (float *)xmalloc(sizeof(float) * (size_t)num_y), *wanted_dx = (float *)xmalloc(sizeof(float) * (size_t)num_x);
+    float *wanted_y = (float *)xcalloc((size_t)num_y, sizeof(float)), *wanted_dx = (float *)xcalloc((size_t)num_x, sizeof(float));
     char text[96];
     for (int i = 0; i < num_x; i++) xd[i] = (double)x[i];
     formula(yd, xd);

@@ -430,9 +430,9 @@ bool fill_range(Text *out, const Scope *s, const char *p, const char *end) {
             is_known = fill_range(out, s, first, last);
             p = close;
         } else if (*p == '{') {
-            const char *name;
-            size_t n;
-            bool is_star;
+            const char *name = p;
+            size_t n = 0;
+            bool is_star = false;
             p = next_placeholder(p, &name, &n, &is_star) - 1;
             is_known = fill_placeholder(out, s, name, n, is_star);
         } else if (p[0] == '\\' && p[1] == 'n') {

@@ -607,6 +607,7 @@ typedef struct {
     int start_capacity, longest;       // longest: bytes of the longest token
     uint32_t (*parts)[2];              // the two tokens whose merge gives this one; UINT32_MAX for single bytes
     uint32_t byte_id[256];
+    uint32_t byte_pair[256][256];      // pair_find of two single bytes, small enough to stay in the cache
     uint64_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
     int token_shift, pair_shift;           // 64 - log2(slots)
 
@@ -685,10 +686,13 @@ uint64_t bpe_heap_pop(BpeWork *w) {
     return top;
 }
 
-void bpe_propose(const Tokenizer *t, BpeWork *w, uint32_t at, uint32_t end) {
-    BpeNode *node = &w->nodes[at];
-    node->merged = node->next < end ? pair_find(t, node->id, w->nodes[node->next].id) : NO_TOKEN;
-    if (node->merged != NO_TOKEN) bpe_heap_push(w, (uint64_t)node->merged << 32 | at);
+void bpe_propose(BpeWork *w, uint32_t at, uint32_t merged) {
+    w->nodes[at].merged = merged;
+    if (merged != NO_TOKEN) bpe_heap_push(w, (uint64_t)merged << 32 | at);
+}
+
+uint32_t bpe_merged(const Tokenizer *t, const BpeNode *nodes, uint32_t at, uint32_t end) {
+    return nodes[at].next < end ? pair_find(t, nodes[at].id, nodes[nodes[at].next].id) : NO_TOKEN;
 }
 
 void bpe_merge(const Tokenizer *t, const char *piece, size_t len, BpeWork *w, TokenList *out) {
@@ -698,15 +702,16 @@ void bpe_merge(const Tokenizer *t, const char *piece, size_t len, BpeWork *w, To
         w->nodes = (BpeNode *)xrealloc(w->nodes, w->capacity * sizeof(BpeNode));
         w->heap = (uint64_t *)xrealloc(w->heap, 3 * w->capacity * sizeof(uint64_t));
     }
+    const unsigned char *bytes = (const unsigned char *)piece;
     BpeNode *nodes = w->nodes;
     uint32_t end = (uint32_t)len;
+    w->heap_count = 0;
     for (uint32_t i = 0; i < end; i++) {
-        nodes[i].id = t->byte_id[(unsigned char)piece[i]];
+        nodes[i].id = t->byte_id[bytes[i]];
         nodes[i].previous = i - 1;    // NO_TOKEN for the first
         nodes[i].next = i + 1;
+        bpe_propose(w, i, i + 1 < end ? t->byte_pair[bytes[i]][bytes[i + 1]] : NO_TOKEN);
     }
-    w->heap_count = 0;
-    for (uint32_t i = 0; i < end; i++) bpe_propose(t, w, i, end);
     while (w->heap_count > 0) {
         uint64_t item = bpe_heap_pop(w);
         uint32_t at = (uint32_t)item, gone = nodes[at].next;
@@ -715,8 +720,8 @@ void bpe_merge(const Tokenizer *t, const char *piece, size_t len, BpeWork *w, To
         nodes[at].next = nodes[gone].next;
         nodes[gone].merged = NO_TOKEN;
         if (nodes[at].next < end) nodes[nodes[at].next].previous = at;
-        bpe_propose(t, w, at, end);
-        if (at > 0) bpe_propose(t, w, nodes[at].previous, end);
+        bpe_propose(w, at, bpe_merged(t, nodes, at, end));
+        if (at > 0) bpe_propose(w, nodes[at].previous, bpe_merged(t, nodes, nodes[at].previous, end));
     }
     for (uint32_t i = 0; i < end; i = nodes[i].next) token_list_push(out, nodes[i].id);
 }
@@ -797,6 +802,7 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
     t->pair_table = tokenizer_table(t->num_ranks, &t->pair_shift);
     t->parts = (uint32_t (*)[2])xmalloc((size_t)(t->num_ranks + 1) * sizeof(*t->parts));
     memset(t->byte_id, 0xFF, sizeof(t->byte_id));
+    memset(t->byte_pair, 0xFF, sizeof(t->byte_pair));
     t->hash = FNV_START;
     for (int r = 0; r < t->num_ranks; r++) {
         const char *bytes = t->bytes + t->start[r];
@@ -811,14 +817,16 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
     TokenList merged = { NULL, 0, 0 };
     BpeWork work = { NULL, NULL, 0, 0 };
     for (int r = 0; r < t->num_ranks; r++) {
+        const char *bytes = t->bytes + t->start[r];
         size_t len = t->start[r + 1] - t->start[r];
         t->parts[r][0] = t->parts[r][1] = NO_TOKEN;
         if (len == 1) continue;
         merged.count = 0;
-        bpe_merge(t, t->bytes + t->start[r], len, &work, &merged);
+        bpe_merge(t, bytes, len, &work, &merged);
         CHECK(merged.count == 2, "%s: token %d is %zu earlier tokens, not two; not a vocabulary of Qwen's kind", path, r, merged.count);
         t->parts[r][0] = merged.ids[0];
         t->parts[r][1] = merged.ids[1];
+        if (len == 2) t->byte_pair[(unsigned char)bytes[0]][(unsigned char)bytes[1]] = (uint32_t)r;
         *pair_slot(t, merged.ids[0], merged.ids[1]) = ((uint64_t)merged.ids[0] << ID_BITS | merged.ids[1]) << ID_BITS | (uint64_t)r;
     }
     free(merged.ids);

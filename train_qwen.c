@@ -1955,20 +1955,23 @@ void print_samples(Run *run, int count) {
     }
 }
 
-// What "% of peak" refers to: floating-point operations per second of the micro-kernel on data in the L1 cache, on all threads,
-// measured for 20 ms. It is within a few percent of what the processor can do at all.
+// What "% of peak" refers to: floating-point operations per second of the micro-kernel on data in the L1 cache, on all threads. It is
+// within a few percent of what the processor can do at all. The best of ten short runs, in case other programs are busy.
 double measure_peak_flops(void) {
     double flops = 0;
     #pragma omp parallel reduction(+:flops)
     {
         float *a = thread_buffer(BUFFER_A, (size_t)MC * KC), *b = thread_buffer(BUFFER_B, (size_t)NC * KC);
         float *c = thread_buffer(BUFFER_ROW, MR * NR);
+        double best = 0;
         memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
-        double begin = now_s(), seconds = 0;
-        long calls = 0;
-        for (; seconds < 0.02; calls += 100, seconds = now_s() - begin)
-            for (int i = 0; i < 100; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
-        flops += (double)calls * 2 * MR * NR * KC / seconds;
+        for (int run = 0; run < 10; run++) {
+            double begin = now_s();
+            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
+            double rate = 2000.0 * 2 * MR * NR * KC / (now_s() - begin);
+            if (rate > best) best = rate;
+        }
+        flops += best;
     }
     return flops;
 }
@@ -2350,6 +2353,9 @@ void print_help(void) {
 
 #ifndef QWEN_NO_MAIN
 int main(int argc, char **argv) {
+    // Threads that wait should sleep, not spin: beside one other busy program spinning makes a step twice as slow, and alone it gains
+    // 3 %. OpenMP reads this before main, so the program starts itself again.
+    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) execv("/proc/self/exe", argv);
     bool has_command = argc > 1 && argv[1][0] != '-';
     const char *command = has_command ? argv[1] : "train";
     for (int i = 1; i < argc; i++)

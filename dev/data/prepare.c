@@ -176,6 +176,16 @@ void reader_close(Reader *r) {
     if (r->file != STDIN_FILENO) close(r->file);
 }
 
+// The next n bytes are a record.
+bool take_record(Reader *r, size_t n, const char *problem, Record *record) {
+    record->text = r->buffer + r->begin;
+    record->len = n;
+    record->line = r->line;
+    record->problem = problem;
+    reader_advance(r, n);
+    return true;
+}
+
 bool is_blank_char(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
 typedef enum { STRING_CLOSED, STRING_OPEN, STRING_BROKEN } StringEnd;
@@ -250,32 +260,26 @@ bool next_json(Reader *r, Record *record) {
     if (r->lost && !json_resync(r)) return false;
     const char *s = r->buffer + r->begin, *start = s;
     size_t len = r->end - r->begin, n;
+    const char *problem = NULL;
     for (; len > 0; s++, len--) {
         if (len >= 3 && memcmp(s, "\xEF\xBB\xBF", 3) == 0) s += 2, len -= 2;       // files were joined
         else if (*s == '[' || *s == ']') r->open_arrays += *s == '[' ? 1 : -1;
         else if (*s != ',' && !is_blank_char(*s)) break;
     }
     reader_advance(r, (size_t)(s - start));
-    record->text = s;
-    record->line = r->line;
-    record->problem = NULL;
     if (!r->at_end && len < 3 && len > 0 && (unsigned char)*s == 0xEF) return false;
     if (len == 0) {
-        bool cut = r->at_end && r->open_arrays > 0;
-        if (cut) r->open_arrays = 0;
-        record->len = 0;
-        record->problem = "the file ends before its array does";
-        return cut;
+        if (!r->at_end || r->open_arrays <= 0) return false;
+        r->open_arrays = 0;
+        return take_record(r, 0, "the file ends before its array does", record);
     }
-    if (*s == '{' || *s == '"') n = json_extent(r, s, len, &record->problem);
+    if (*s == '{' || *s == '"') n = json_extent(r, s, len, &problem);
     else {                                                           // a number, a word, garbage
         for (n = 0; n < len && (isalnum((unsigned char)s[n]) || strchr("+-._", s[n])) && s[n]; n++) {}
         if (n < len && s[n] != ',' && s[n] != ']') while (n < len && s[n] != '\n') n++;
         if (n == len && !r->at_end && len < MAX_RECORD) n = 0;
     }
-    record->len = n;
-    reader_advance(r, n);
-    return n > 0;
+    return n > 0 && take_record(r, n, problem, record);
 }
 
 bool is_blank(const char *s, size_t len) {
@@ -302,11 +306,8 @@ bool next_text(Reader *r, Record *record) {
             }
         }
         if (at == 0 && line == 0) return false;                      // the end
-        record->text = s;
-        record->line = r->line;
-        record->len = at;
-        record->problem = NULL;
-        reader_advance(r, at > 0 ? at : line);
+        take_record(r, at > 0 ? at : line, NULL, record);
+        record->len = at;                                            // 0: a blank line
         while (record->len > 0 && is_blank_char(s[record->len - 1])) record->len--;
         if (record->len > 0) return true;
     }
@@ -317,11 +318,8 @@ bool next_line(Reader *r, Record *record) {
     const char *s = r->buffer + r->begin, *newline = (const char *)memchr(s, '\n', r->end - r->begin);
     size_t rest = r->end - r->begin;
     if (!newline && (!r->at_end || rest == 0)) return false;
-    record->text = s;
-    record->len = newline ? (size_t)(newline - s) : rest;
-    record->line = r->line;
-    record->problem = NULL;
-    reader_advance(r, newline ? record->len + 1 : rest);
+    take_record(r, newline ? (size_t)(newline - s) + 1 : rest, NULL, record);
+    record->len -= newline != NULL;
     return true;
 }
 
@@ -337,12 +335,7 @@ bool next_chunk(Reader *r, Record *record) {
         if (stop < rest && utf8_decode(s + stop, rest - stop, &c) > 0 && unicode_bits(c) == CLASS_LETTER) break;
     }
     if (stop >= rest && (!r->at_end || rest == 0)) return false;
-    record->text = s;
-    record->len = stop < rest ? stop : rest;
-    record->line = r->line;
-    record->problem = NULL;
-    reader_advance(r, record->len);
-    return true;
+    return take_record(r, stop < rest ? stop : rest, NULL, record);
 }
 
 // The next records of the file; they stay valid until the next call. Their number; 0 at the end of the file.
@@ -827,7 +820,7 @@ void remove_stale(void) {
     }
 }
 
-// The files get their names. Old ones go first: a kill in between leaves fewer files, but none that don't belong together.
+// The files get their names. Should the program be killed in between, the tokenizer's hash in the headers tells old from new.
 void output_finish(const Encoder *e, float bigram_loss) {
     for (int i = 0; i < output.count; i++) output_header(&output.files[i], e, i == output.val ? bigram_loss : 0);
     output_flush();
@@ -971,11 +964,11 @@ bool belongs_to_val(uint64_t hash) { return (double)(mix64(hash) >> 11) * 0x1p-5
 void report_bad(Preparation *run, const char *path, const Record *record, const Doc *d) {
     uint64_t bad = 0;
     for (int r = KEPT + 1; r <= NO_ANSWER; r++) bad += run->records[r];
-    const char *detail = d->detail[0] ? d->detail : "", *open = detail[0] ? " (" : "", *close = detail[0] ? ")" : "";
-    CHECK(!prep.strict, "%s:%" PRIu64 ": %s%s%s%s; --strict stops here, nothing was written", path, record->line, REASONS[d->reason], open, detail, close);
+    char reason[256];
+    snprintf(reason, sizeof reason, "%s%s%s%s", REASONS[d->reason], d->detail[0] ? " (" : "", d->detail, d->detail[0] ? ")" : "");
+    CHECK(!prep.strict, "%s:%" PRIu64 ": %s; --strict stops here, nothing was written", path, record->line, reason);
     if (bad > REPORTED) return;
-    fprintf(stderr, "%s%s:%" PRIu64 ": skipped, %s%s%s%s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", path, record->line, REASONS[d->reason],
-            open, detail, close);
+    fprintf(stderr, "%s%s:%" PRIu64 ": skipped, %s\n", isatty(STDERR_FILENO) ? "\r\033[K" : "", path, record->line, reason);
     if (bad == REPORTED) fprintf(stderr, "more like these are only counted\n");
 }
 

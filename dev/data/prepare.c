@@ -39,33 +39,33 @@ static struct {
 };
 
 #define P_ COMMAND_PREPARE
-#define T2_ COMMAND_TOKENIZE
+#define K_ COMMAND_TOKENIZE
 #define D_ COMMAND_DETOKENIZE
 #define S_ COMMAND_SHOW
 static const Option PREPARE_OPTIONS[] = {
-    {"out",          P_,         OPTION_STRING, &prep.out,             0, NULL, "the directory for train.bin, val.bin, tokenizer.bin; made if missing"},
-    {"task",         P_,         OPTION_CHOICE, &prep.task,            0, PREPARE_TASKS, "auto: what the first record's fields are for"},
-    {"tokenizer",    P_|T2_|D_,  OPTION_STRING, &prep.tokenizer,       0, NULL, "a .bin, qwen.tiktoken, tokenizer.json, or a directory with one"},
-    {"tokenizer",    S_,         OPTION_STRING, &prep.shown_tokenizer, 0, NULL, "default: tokenizer.bin beside the file, else dev/data/qwen.bin"},
-    {"special",      P_|D_,      OPTION_CHOICE, &prep.special,         0, SPECIAL_SETS, "special tokens; file: the tokenizer's own"},
-    {"special",      T2_,        OPTION_CHOICE, &prep.parsed_special,  0, SPECIAL_SETS, "recognised special tokens; none: everything is text"},
-    {"eos",          P_,         OPTION_STRING, &prep.eos,             0, NULL, "the special token that ends every document"},
-    {"val-fraction", P_,         OPTION_FLOAT,  &prep.val_fraction,    0, NULL, "share of documents in val.bin, chosen by a hash of their text"},
-    {"trim-vocab",   P_,         OPTION_FLAG,   &prep.trim_vocab,      0, NULL, "keep only the tokens that this data uses, numbered anew"},
-    {"field",        P_,         OPTION_STRING, &prep.field,           0, NULL, "pretrain: the field with the text; a.b looks inside a"},
-    {"template",     P_,         OPTION_CHOICE, &prep.chat_template,   0, TEMPLATES, "sft, dpo: how a conversation is written"},
-    {"system",       P_,         OPTION_STRING, &prep.system,          0, NULL, "sft, dpo: a system message for conversations without one"},
-    {"min-chars",    P_,         OPTION_INT,    &prep.min_chars,       0, NULL, "drop documents with fewer characters"},
-    {"max-chars",    P_,         OPTION_INT,    &prep.max_chars,       0, NULL, "drop documents with more characters; 0: no limit"},
-    {"dedup",        P_,         OPTION_FLAG,   &prep.dedup,           0, NULL, "drop documents with the same text as an earlier one (by a 64-bit hash)"},
-    {"shard-tokens", P_,         OPTION_INT,    &prep.shard_tokens,    0, NULL, "split into train_00000.bin, ... of about so many tokens; 0: one file"},
-    {"strict",       P_,         OPTION_FLAG,   &prep.strict,          0, NULL, "stop at the first bad record instead of skipping and counting it"},
-    {"show",         P_,         OPTION_INT,    &prep.show,            0, NULL, "print so many documents of the result"},
-    {"threads",      P_|T2_,     OPTION_INT,    &prep.threads,         0, NULL, "0: OMP_NUM_THREADS or all cores; the result is the same"},
-    {"file",         T2_|D_,     OPTION_STRING, &prep.file,            0, NULL, "the input; -: standard input"},
-    {"jsonl",        T2_|D_,     OPTION_FLAG,   &prep.jsonl,           0, NULL, "one JSON string a line for one line of ids"},
-    {"documents",    S_,         OPTION_INT,    &prep.documents,       0, NULL, "how many to print"},
-    {"ids",          S_,         OPTION_FLAG,   &prep.ids,             0, NULL, "print ids; sft, dpo: a * after those that are trained"},
+    {"out",          P_,       OPTION_STRING, &prep.out,              0, NULL, "directory for train.bin, val.bin, tokenizer.bin"},
+    {"task",         P_,       OPTION_CHOICE, &prep.task,             0, PREPARE_TASKS, "auto: what the first record's fields are for"},
+    {"tokenizer",    P_|K_|D_, OPTION_STRING, &prep.tokenizer,        0, NULL, "a .bin, qwen.tiktoken, tokenizer.json, or directory"},
+    {"tokenizer",    S_,       OPTION_STRING, &prep.shown_tokenizer,  0, NULL, "default: beside the file, else dev/data/qwen.bin"},
+    {"special",      P_|D_,    OPTION_CHOICE, &prep.special,          0, SPECIAL_SETS, "special tokens; file: the tokenizer's own"},
+    {"special",      K_,       OPTION_CHOICE, &prep.parsed_special,   0, SPECIAL_SETS, "recognised ones; none: all is text"},
+    {"eos",          P_,       OPTION_STRING, &prep.eos,              0, NULL, "the special token that ends every document"},
+    {"val-fraction", P_,       OPTION_FLOAT,  &prep.val_fraction,     0, NULL, "share of val.bin, chosen by a hash of the text"},
+    {"trim-vocab",   P_,       OPTION_FLAG,   &prep.trim_vocab,       0, NULL, "keep only the tokens that this data uses"},
+    {"field",        P_,       OPTION_STRING, &prep.field,            0, NULL, "pretrain: the field with the text; a.b looks inside a"},
+    {"template",     P_,       OPTION_CHOICE, &prep.chat_template,    0, TEMPLATES, "sft, dpo: how a conversation is written"},
+    {"system",       P_,       OPTION_STRING, &prep.system,           0, NULL, "sft, dpo: system message where there is none"},
+    {"min-chars",    P_,       OPTION_INT,    &prep.min_chars,        0, NULL, "drop documents with fewer characters"},
+    {"max-chars",    P_,       OPTION_INT,    &prep.max_chars,        0, NULL, "drop documents with more characters; 0: no limit"},
+    {"dedup",        P_,       OPTION_FLAG,   &prep.dedup,            0, NULL, "drop repeated documents (same 64-bit hash)"},
+    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "at most so many in train_00000.bin, ...; 0: one file"},
+    {"strict",       P_,       OPTION_FLAG,   &prep.strict,           0, NULL, "stop at the first bad record, don't skip it"},
+    {"show",         P_,       OPTION_INT,    &prep.show,             0, NULL, "print so many documents of the result"},
+    {"threads",      P_|K_,    OPTION_INT,    &prep.threads,          0, NULL, "0: OMP_NUM_THREADS, or all cores"},
+    {"file",         K_|D_,    OPTION_STRING, &prep.file,             0, NULL, "the input; -: standard input"},
+    {"jsonl",        K_|D_,    OPTION_FLAG,   &prep.jsonl,            0, NULL, "one JSON string a line for one line of ids"},
+    {"documents",    S_,       OPTION_INT,    &prep.documents,        0, NULL, "how many to print"},
+    {"ids",          S_,       OPTION_FLAG,   &prep.ids,              0, NULL, "print ids; sft, dpo: a * after those that are trained"},
     {NULL, 0, OPTION_FLAG, NULL, 0, NULL, NULL},
 };
 
@@ -409,7 +409,8 @@ Encoder encoder_make(const Tokenizer *t, Task task) {
     e.tokenizer = t;
     e.task = task;
     const Special *end = special_find(t, prep.eos);
-    CHECK(end != NULL, "--eos %s is no special token here (the tokenizer has the set '%s'); choose another --eos or --special", prep.eos, t->special_set);
+    CHECK(end != NULL, "--eos %s is no special token here (the tokenizer has the set '%s'); choose another --eos or --special", prep.eos,
+          t->special_set);
     e.end_id = end->id;
     CHECK(task == TASK_PRETRAIN || prep.chat_template != TEMPLATE_CHATML || (t->im_start >= 0 && t->im_end >= 0),
           "--template chatml needs <|im_start|> and <|im_end|>, which the set '%s' has not", t->special_set);
@@ -563,7 +564,8 @@ bool add_prompt(Doc *d, Conversation *c, const Json *record) {
     const Json *prompt = list ? list : first_of(record, PROMPT_FIELDS, &field), *input = json_get(record, "input");
     if (list && list->type != JSON_ARRAY) return refuse(d, list->type == JSON_NULL ? NULL_FIELD : WRONG_TYPE, field);
     if (!prompt) field = PROMPT_FIELDS[0];
-    if (system && system->type == JSON_STRING && system->len > 0 && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
+    bool has_system = system && system->type == JSON_STRING && system->len > 0;
+    if (has_system && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
     const Json *history = list ? NULL : json_get(record, "history");
     for (const Json *turn = history ? history->child : NULL; turn; turn = turn->next) {
         const Json *question = turn->child, *answer = question ? question->next : NULL;
@@ -656,7 +658,8 @@ void encode_dpo(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     const char *field = "rejected";
     const Json *rejected = first_of(record, REJECTED_FIELDS, &field);
     if (!rejected) field = "rejected";
-    if (encode_side(e, d, record, json_get(record, "chosen"), "chosen", c) && encode_side(e, d, record, rejected, field, c)) check_length(d);
+    if (!encode_side(e, d, record, json_get(record, "chosen"), "chosen", c) || !encode_side(e, d, record, rejected, field, c)) return;
+    check_length(d);
 }
 
 // A Task, or TASK_AUTO if the record has no field that says.
@@ -754,6 +757,12 @@ void output_write(bool is_val, const Doc *d, Task task) {
     fwrite(d->tokens.ids, sizeof(uint32_t), d->tokens.count, f->out.file);
     f->tokens += d->tokens.count;
     f->documents += task == TASK_DPO ? 2 : 1;
+}
+
+void output_check(void) {
+    for (int i = 0; i < output.count; i++) {
+        CHECK(!ferror(output.files[i].out.file), "cannot write %s: %s", output.files[i].out.path, strerror(errno));
+    }
 }
 
 // Everything up to the operating system; a full disk shows here at the latest.
@@ -1015,7 +1024,8 @@ void print_progress(Preparation *run, bool terminal) {
     if (now - run->last_line < (terminal ? 0.2 : 5)) return;
     run->last_line = now;
     printf("%s%.0f MB", terminal ? "\r\033[K" : "", (double)run->bytes / 1e6);
-    if (run->total_bytes > 0) printf(" of %.0f (%.0f %%)", (double)run->total_bytes / 1e6, 100.0 * (double)run->bytes / (double)run->total_bytes);
+    double total = (double)run->total_bytes;
+    if (total > 0) printf(" of %.0f (%.0f %%)", total / 1e6, 100.0 * (double)run->bytes / total);
     printf(", %.1f MB/s, %.2f M tokens", rate / 1e6, (double)run->tokens / 1e6);
     if (run->total_bytes > run->bytes) printf(", %s left", time_text((double)(run->total_bytes - run->bytes) / rate));
     printf(terminal ? " " : "\n");
@@ -1050,7 +1060,7 @@ void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *p
         }
         free(documents);
         run->bytes = bytes_before + r->bytes_read - (r->end - r->begin);
-        for (int i = 0; i < output.count; i++) CHECK(!ferror(output.files[i].out.file), "cannot write %s: %s", output.files[i].out.path, strerror(errno));
+        output_check();
         print_progress(run, terminal);
     }
     run->bytes = bytes_before + r->bytes_read;
@@ -1114,17 +1124,19 @@ void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabula
     int used = 0;
     if (isatty(STDOUT_FILENO)) printf("\r\033[K");
     for (int i = 0; i < output.count; i++) {
-        printf("%s  %" PRIu64 " documents, %" PRIu64 " tokens", output.files[i].out.path, output.files[i].documents, output.files[i].tokens);
+        const TokenFile *f = &output.files[i];
+        printf("%s  %" PRIu64 " documents, %" PRIu64 " tokens", f->out.path, f->documents, f->tokens);
         if (i == output.val && bigram > 0) printf("; a bigram model's loss on it is %.4f", bigram);
         printf("\n");
     }
-    if (output.val < 0 && prep.val_fraction > 0) printf("no val.bin: none of so few documents fell to it; --val-fraction %g is its share\n", prep.val_fraction);
+    if (output.val < 0 && prep.val_fraction > 0) printf("no val.bin: none of so few documents fell to it; raise --val-fraction\n");
     for (int id = 0; id < t->vocab_size; id++) used += run->used[id];
     printf("%s/tokenizer.bin  %d tokens, %d of them used", prep.out, t->vocab_size, used);
     if (prep.trim_vocab) printf("; trimmed from %d; %d documents encoded again: same tokens", full_vocabulary, run->num_samples);
-    printf("\n%s: %" PRIu64 " documents, %" PRIu64 " characters, %" PRIu64 " tokens (%.3f a character), the longest document has %" PRIu64, TASK_NAMES[run->task],
-           run->documents, run->chars, run->tokens, (double)run->tokens / (double)run->chars, run->longest);
-    if (run->task != TASK_PRETRAIN) printf("; %" PRIu64 " are trained (%.1f %%)", run->trained, 100.0 * (double)run->trained / (double)run->tokens);
+    double tokens = (double)run->tokens;
+    printf("\n%s: %" PRIu64 " documents, %" PRIu64 " characters, %" PRIu64 " tokens (%.3f a character), the longest document has %" PRIu64,
+           TASK_NAMES[run->task], run->documents, run->chars, run->tokens, tokens / (double)run->chars, run->longest);
+    if (run->task != TASK_PRETRAIN) printf("; %" PRIu64 " are trained (%.1f %%)", run->trained, 100.0 * (double)run->trained / tokens);
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run->records[r];
     printf("\ndropped: %" PRIu64 " records", dropped);
     for (int r = KEPT + 1, n = 0; r < NUM_REASONS; r++) {
@@ -1201,7 +1213,7 @@ void print_safely(const char *text, size_t len) {
     }
 }
 
-// The tokens from `at` up to the next document; what is trained is green on a terminal, in ⟦ ⟧ elsewhere (where all of it is, unmarked).
+// The tokens from `at` up to the next document. sft, dpo: what is trained is green on a terminal, in ⟦ ⟧ elsewhere.
 uint64_t show_document(const Shard *s, const Tokenizer *t, uint64_t at) {
     bool terminal = isatty(STDOUT_FILENO), marks = s->header->task != TASK_PRETRAIN, marked = false;
     Utf8Stream stream;
@@ -1250,7 +1262,8 @@ void show_file(const char *path, const Tokenizer *known, int64_t documents) {
     const Tokenizer *t = known ? known : tokenizer_of(&s);
     printf("%s: %s, %" PRIu64 " documents, %" PRIu64 " tokens\n", path, TASK_NAMES[h->task], h->num_documents, h->num_tokens);
     if (!known) {
-        printf("vocabulary %u, end of document %u, special tokens %.16s, tokenizer %016" PRIx64, h->vocab_size, h->end_id, h->special_set, h->tokenizer_hash);
+        printf("vocabulary %u, end of document %u, special tokens %.16s, tokenizer %016" PRIx64, h->vocab_size, h->end_id, h->special_set,
+               h->tokenizer_hash);
         if (h->bigram_loss > 0) printf(", bigram loss %.4f", h->bigram_loss);
         printf("\n");
     }
@@ -1372,12 +1385,13 @@ void detokenize(void) {
 
 void print_prepare_help(void) {
     printf("prepare turns data files into token files for the trainer.\n\n"
-           "  ./prepare [options] --out DIR FILES...   JSON, JSON lines, text (- is standard input) -> DIR/train.bin, val.bin, tokenizer.bin\n"
+           "  ./prepare [options] --out DIR FILES...   JSON, JSON lines, text (-: standard input) -> DIR/train.bin, val.bin\n"
            "  ./prepare show FILE [options]            header and first documents of a token file\n"
            "  ./prepare tokenize [options]             text -> one line of ids\n"
            "  ./prepare detokenize [options]           lines of ids -> text, exactly their bytes\n\n"
            "Records: {\"text\"}, {\"completion\"}, {\"content\"}, {\"title\", \"summary\", \"sections\"}, {\"段落\": [{\"内容\"}]};\n"
-           "sft: {\"instruction\", \"input\", \"output\"}, {\"conversations\" or \"messages\": [...]}; dpo: {\"prompt\", \"chosen\", \"rejected\"}.\n"
+           "sft: {\"instruction\", \"input\", \"output\"}, {\"conversations\" or \"messages\": [...]};\n"
+           "dpo: {\"prompt\", \"chosen\", \"rejected\"}.\n"
            "Plain text: documents are separated by blank lines. dev/data/formats.md has the data sets and the details.\n"
            "Memory: below 1 GB for files of any size; --dedup adds 11 to 32 bytes a document.\n\nOptions (defaults in brackets):\n");
     print_options(PREPARE_OPTIONS, COMMAND_PREPARE);
@@ -1396,7 +1410,8 @@ int main(int argc, char **argv) {
     for (int i = 1; i < argc; i++) if (strcmp(argv[i], "--help") == 0 || strcmp(argv[i], "-h") == 0) return print_prepare_help(), 0;
     for (int k = 1; k < 4; k++) if (argc > 1 && strcmp(argv[1], names[k]) == 0) command = k;
     num_words = parse_options(PREPARE_OPTIONS, 1u << command, argc, argv, command > 0 ? 2 : 1, words);
-    CHECK(command == 0 || command == 3 || num_words == 0, "'%s' is not an option of %s; a file is given with --file", words[0], names[command]);
+    CHECK(command == 0 || command == 3 || num_words == 0, "'%s' is not an option of %s; a file is given with --file", words[0],
+          names[command]);
 #ifdef _OPENMP
     if (prep.threads > 0) omp_set_num_threads((int)prep.threads);
 #endif

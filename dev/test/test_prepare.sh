@@ -63,7 +63,8 @@ equal "NUL, lines of ids, special tokens" "$(printf '188 64\n151645 198\n' | "$P
 head -c 300000 "$P" | tr '\0\200-\377' 'a-z\n ' > "$D/bytes"
 "$P" tokenize --file "$D/bytes" > "$D/ids"; "$P" detokenize < "$D/ids" > "$D/back"
 same_file "300 kB there and back" "$D/bytes" "$D/back"
-for i in 1 2 3 4 5 6; do cat dev/data/prepare.c dev/data/formats.md; done > "$D/long"
+{ awk 'BEGIN { for (i = 0; i < 70000; i++) print "ab\n" }'    # where a piece of 256 kB ends, a line end follows a line end
+  for i in 1 2 3 4 5 6; do cat dev/data/prepare.c dev/data/formats.md; done; } > "$D/long"
 "$P" tokenize --file "$D/long" > "$D/ids"
 { printf '"'; sed -e 's/\\/\\\\/g; s/"/\\"/g; s/	/\\t/g; s/$/\\n/' "$D/long" | tr -d '\n'; printf '"\n'; } | "$P" tokenize --jsonl > "$D/ids2"
 same_file "a long text in pieces, as in one piece" "$D/ids" "$D/ids2"
@@ -143,6 +144,11 @@ printf '{"prompt":"hi","chosen":"ok","rejected":"hi"}\n' > "$D/d.jsonl"
 prep dpo "$D/d.jsonl"
 PAIR="$HI_OK|$IM 872 $NL $HI $END $NL $IM 77091 $NL $(stars "$HI") $END*|"
 equal "dpo: pairs, each with its prompt" "$(ids "$D/dpo/train.bin" | tr '\n' '|')" "$PAIR"
+# flags FILE: the high byte of every token: 40 begins a document, 80 has no loss, c0 both
+flags() { tail -c +257 "$1" | od -An -v -tx1 -w4 | awk '{ printf "%s ", $4 }'; }
+equal "flags, pretraining" "$(printf '{"text":"Hello world"}\n{"text":"hi"}\n' > "$D/fl.jsonl"; prep fl "$D/fl.jsonl"; flags "$D/fl/train.bin")" "40 00 00 40 00 "
+equal "flags, conversation" "$(flags "$D/sft/train.bin")" "c0 80 80 80 80 80 80 80 80 00 00 "
+equal "flags, dpo" "$(flags "$D/dpo/train.bin")" "c0 80 80 80 80 80 80 80 80 00 00 c0 80 80 80 80 80 80 80 80 00 00 "
 equal "dpo: two documents a pair" "$(documents "$D/dpo/train.bin")" 2
 U='{"role":"user","content":"hi"}'; AO='{"role":"assistant","content":"ok"}'; AH='{"role":"assistant","content":"hi"}'
 for record in "{\"prompt\":\"hi\",\"chosen\":\"ok\",\"reject\":\"hi\"}" "{\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" \
@@ -170,6 +176,12 @@ equal "--strict writes nothing" "$(ls -A "$D/strict")" ""
 printf '[\n{"text":"a1"},\n{"text":"a2", "x": [{"y": 1\n{"text":"a3"},\n{"text":"a4", "text\n{"text":"a5"}\n' > "$D/cut.json"
 prep cut "$D/cut.json"
 skips "array: a cut record takes no other with it; a missing ] is reported" "dropped: 3 records" 3
+printf '{"text":"m1", {"id":2,"text":"m2"}\n{"text":"m3"}\n' > "$D/misplaced.jsonl"
+prep misplaced "$D/misplaced.jsonl"
+skips "a record cut where { can't stand" "dropped: 1 records: 1 malformed" 2
+printf '{"text":\n{"text":"r2"}\n{"text":"r3","list":[\n{"text":"r4"}\n' > "$D/repeated.jsonl"
+prep repeated "$D/repeated.jsonl"
+skips "a record cut where { could stand" "dropped: 2 records: 2 malformed" 2
 printf '[\n  {\n    "text": "p1"\n  },\n  {\n    "text": "p2,\n    "m": {"k": 1}\n  },\n  {\n    "text": "p3"\n  }\n]\n' > "$D/pcut.json"
 prep pcut "$D/pcut.json"
 skips "pretty-printed: a broken record takes no other with it" "pcut.json:5: .*line break" 2
@@ -247,7 +259,7 @@ done
 same_file "the same segmentation" "$D/full.tokens" "$D/trim.tokens"
 V=$("$P" show "$D/trim/train.bin" | sed -n 's/^vocabulary \([0-9]*\),.*/\1/p')
 if [ "$V" -gt 256 ] && [ "$V" -lt 6000 ]; then verdict "a small vocabulary: $V" ok; else verdict "a small vocabulary" "$V"; fi
-equal "chat words are single tokens" "$(printf 'system\nuser\nassistant\n' | "$P" tokenize --tokenizer "$D/trim" | wc -w | tr -d ' ')" 6
+equal "chat words are kept" "$(printf 'system\nuser\nassistant\n' | "$P" tokenize --tokenizer "$D/threads1" | wc -w | tr -d ' ')" 6
 equal "any other text still encodes without loss" "$(printf '龘 𠀀 é ☃ zzqx' | "$P" tokenize --tokenizer "$D/trim" | "$P" detokenize --tokenizer "$D/trim/tokenizer.bin")" '龘 𠀀 é ☃ zzqx'
 "$P" --task sft --tokenizer "$D/trim/tokenizer.bin" --val-fraction 0 --out "$D/trim_sft" "$D/s.jsonl" > /dev/null
 equal "another data set with the same vocabulary" "$(text "$D/trim_sft/train.bin")" '<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'

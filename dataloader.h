@@ -7,11 +7,12 @@
 // The loader has no state that moves: row number `position` (0, 1, 2, ... over all epochs) always holds the same tokens,
 // whatever was read before and however many processes share the work. To resume, the trainer remembers one number.
 //
-// Needs CHECK, DIE and xmalloc of train_qwen.c. A program that writes token files uses section 1 only.
+// Needs CHECK, xmalloc, path_of and file_exists of train_qwen.c. A program that writes token files uses section 1 only.
 
 #ifndef DATALOADER_H
 #define DATALOADER_H
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <glob.h>
 #include <sys/mman.h>
@@ -71,6 +72,10 @@ void shard_open(Shard *s, const char *path) {
     CHECK(h->version == TOKEN_FILE_VERSION, "%s has token file version %u, this program reads version %d; prepare it again",
           path, h->version, TOKEN_FILE_VERSION);
     CHECK(h->task <= TASK_DPO, "%s names task %u; known are 0 to %d", path, h->task, TASK_DPO);
+    CHECK(h->num_documents <= h->num_tokens && h->end_id < h->vocab_size,
+          "%s: its header can't be true (%" PRIu64 " documents, %" PRIu64 " tokens, end id %u, "
+          "vocabulary %u); prepare it again",
+          path, h->num_documents, h->num_tokens, h->end_id, h->vocab_size);
     uint64_t present = ((uint64_t)st.st_size - sizeof *h) / 4;
     CHECK(present == h->num_tokens && ((uint64_t)st.st_size - sizeof *h) % 4 == 0,
           "%s promises %" PRIu64 " tokens, but %" PRIu64 " are there: the file is truncated or damaged; prepare it again",
@@ -136,7 +141,7 @@ uint64_t permute(uint64_t index, uint64_t n, uint64_t key) {
 
 void check_token(const Loader *l, int shard, uint64_t position) {
     const Shard *s = &l->shards[shard];
-    uint32_t id = s->tokens[position] & TOKEN_ID_MASK;
+    uint32_t id = s->tokens[position] & ~(TOKEN_NO_LOSS | TOKEN_DOC_START);      // bits 24-29 must be 0 too
     CHECK(id < (uint32_t)l->vocab_size, "%s: token %" PRIu64 " has id %u, but the model's vocabulary ends at %d; "
           "prepare the data with the model's tokenizer", s->path, position, id, l->vocab_size - 1);
 }
@@ -170,22 +175,31 @@ void loader_pack(Loader *l) {
     free(found);
 }
 
-int compare_paths(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+void loader_add(Loader *l, const char *path) {
+    l->shards = (Shard *)xrealloc(l->shards, (size_t)(l->num_shards + 1) * sizeof(Shard));
+    shard_open(&l->shards[l->num_shards++], path);
+}
 
-// The shards of `data`: a token file, a pattern such as 'wiki_*.bin', or a directory of which `prefix`*.bin are taken
-// (prefix "train" or "val"). They are taken in the order of their names. Returns 0 when nothing matches.
+// The shards of `data`: a token file, a directory of which `prefix`*.bin are taken (prefix "train" or "val"), or a pattern such as
+// 'wiki_*.bin'; in the order of their names. Returns how many there are, 0 when nothing matches.
 int loader_find(Loader *l, const char *data, const char *prefix) {
-    char pattern[4096];
     struct stat st;
-    bool is_directory = stat(data, &st) == 0 && S_ISDIR(st.st_mode);
-    int length = snprintf(pattern, sizeof pattern, is_directory ? "%s/%s*.bin" : "%s", data, prefix);
-    CHECK(length < (int)sizeof pattern, "the path is too long: %.80s...", data);
+    if (stat(data, &st) == 0 && S_ISDIR(st.st_mode)) {
+        struct dirent **entries;
+        int count = scandir(data, &entries, NULL, alphasort);
+        for (int i = 0; i < count; i++) {
+            const char *name = entries[i]->d_name, *ending = strrchr(name, '.');
+            if (strncmp(name, prefix, strlen(prefix)) == 0 && ending && strcmp(ending, ".bin") == 0)
+                loader_add(l, path_of("%s/%s", data, name));
+            free(entries[i]);
+        }
+        if (count >= 0) free(entries);
+        return l->num_shards;
+    }
+    if (file_exists(data)) return loader_add(l, data), 1;
     glob_t found;
-    if (glob(pattern, 0, NULL, &found) != 0) return 0;
-    qsort(found.gl_pathv, found.gl_pathc, sizeof(char *), compare_paths);
-    l->num_shards = (int)found.gl_pathc;
-    l->shards = (Shard *)xcalloc(found.gl_pathc, sizeof(Shard));
-    for (int s = 0; s < l->num_shards; s++) shard_open(&l->shards[s], found.gl_pathv[s]);
+    if (glob(data, 0, NULL, &found) != 0) return 0;
+    for (size_t i = 0; i < found.gl_pathc; i++) loader_add(l, found.gl_pathv[i]);
     globfree(&found);
     return l->num_shards;
 }
@@ -290,6 +304,22 @@ double loader_rows(const Loader *l, uint64_t position, int rows, const Batch *ou
         for (int t = 0; t < l->T; t++) counted += row.weights[t];
     }
     return counted;
+}
+
+// The first tokens, at most `room`, of a document somewhere in the data (of the first shard with tokens), for samples. Returns how many.
+int loader_document_start(const Loader *l, uint64_t random, int *tokens, int room) {
+    int shard = 0, n = 0;
+    while (l->shards[shard].num_tokens == 0) shard++;
+    const Shard *s = &l->shards[shard];
+    uint64_t at = random % s->num_tokens;
+    while (at > 0 && !(s->tokens[at] & TOKEN_DOC_START)) at--;
+    for (; n < room && at + (uint64_t)n < s->num_tokens; n++) {
+        uint32_t token = s->tokens[at + (uint64_t)n];
+        if (n > 0 && token & TOKEN_DOC_START) break;
+        check_token(l, shard, at + (uint64_t)n);
+        tokens[n] = (int)(token & TOKEN_ID_MASK);
+    }
+    return n;
 }
 
 #endif

@@ -34,6 +34,7 @@
 #include <assert.h>
 #include <dirent.h>          // opendir: finding checkpoints
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <math.h>
 #include <signal.h>          // Ctrl-C saves before it stops
@@ -44,6 +45,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>        // flock: one run for one directory
 #include <sys/resource.h>    // getrusage: peak memory
 #include <sys/stat.h>
 #include <time.h>
@@ -130,6 +132,11 @@ void close_file(FILE *f, const char *path) {
     CHECK(written, "cannot write %s: %s", path, strerror(reason));
 }
 
+void sync_directory(const char *path) {                          // so that new names in it survive a power failure
+    int directory = open(path, O_RDONLY);
+    if (directory >= 0) fsync(directory), close(directory);
+}
+
 double now_s(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -195,7 +202,7 @@ typedef struct {
     char name[96], name_v1[96];      // in checkpoints
     int layer;                       // -1: not in a layer
     size_t rows, cols, offset;       // the tensor is memory[offset .. offset + rows * cols)
-    bool is_vector;                  // one row: stored with shape [cols]
+    bool is_vector;                  // norms and biases: stored with shape [cols], not [1, cols], and never decayed
     Decay decay;
     Init init;
 } TensorInfo;
@@ -236,8 +243,8 @@ void params_point(Params *p, const Config *c, float *memory) {
     p->head = c->tied ? p->wte : p->lm_head;
 }
 
-// A normal random number for index i of stream `seed`: always the same, in whatever order and on whatever machine they are
-// asked for. Box-Muller on two halves of mix64.
+// A normal random number for index i of stream `seed`, whatever was asked for before (on another machine it may differ in the last bit,
+// as log and cos do). Box-Muller on the two halves of mix64.
 float random_normal(uint64_t seed, uint64_t i) {
     uint64_t bits = mix64(mix64(seed) + i);
     double u = ((double)(bits >> 32) + 1.0) / 4294967296.0, v = (double)(bits & 0xFFFFFFFFu) / 4294967296.0;
@@ -280,12 +287,13 @@ enum { NUM_PRESETS = sizeof PRESETS / sizeof PRESETS[0] };
 //
 // Vectors are those of GCC and Clang: + - * work on all elements, and the compiler picks the instructions.
 
+// VL: floats in a vector. MR: rows of C that the micro-kernel keeps in registers, two vectors each; a few registers are left for B and A.
 #if defined(__AVX512F__)
-enum { VL = 16, MR = 14 };       // floats in a vector; rows of C that the micro-kernel keeps in registers: of 32 registers
-#elif defined(__AVX__)           // 28 hold C, 2 hold B, 1 or 2 broadcast A
-enum { VL = 8, MR = 6 };         // 16 registers: 12 + 2 + 2
+enum { VL = 16, MR = 14 };       // 28 of 32 registers
+#elif defined(__AVX__)
+enum { VL = 8, MR = 6 };         // 12 of 16
 #else
-enum { VL = 4, MR = 6 };         // SSE2: 16 registers; NEON has 32
+enum { VL = 4, MR = 6 };         // 12 of 16 (SSE2), of 32 (NEON)
 #endif
 enum {
     NR = 2 * VL,                 // columns of C in the micro-kernel
@@ -465,9 +473,15 @@ float row_max(const float *x, int n) {
 }
 
 float dot(const float *a, const float *b, int n) {
+    vec sums0 = {0}, sums1 = {0};
+    int i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        sums0 += *(const vec_at *)(a + i) * *(const vec_at *)(b + i);
+        sums1 += *(const vec_at *)(a + i + VL) * *(const vec_at *)(b + i + VL);
+    }
     float sum = 0;
-    #pragma omp simd reduction(+:sum)
-    for (int i = 0; i < n; i++) sum += a[i] * b[i];
+    for (int j = 0; j < VL; j++) sum += sums0[j] + sums1[j];
+    for (; i < n; i++) sum += a[i] * b[i];
     return sum;
 }
 
@@ -602,14 +616,18 @@ void rope(float *x, const int *positions, const float *table, int N, int heads, 
 // backward makes p again. Blocks of ATTENTION_ROWS queries meet all their keys at once: (T, T) is never stored.
 enum { ATTENTION_ROWS = 64 };
 
-// One block: queries t0 .. t0 + n - 1 of one head against keys 0 .. t0 + n - 1. All pointers are those of the row's position 0, q
-// and att excepted, which are those of t0; so does start.
+// The first key that any of n queries sees.
+int first_key(const int *start, int n) {
+    int first = start[0];
+    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
+    return first;
+}
+
+// One block: queries t0 .. t0 + n - 1 of one head against keys 0 .. t0 + n - 1. k and v point to position 0, all others to t0.
 void attention_block(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int t0, int n,
                      int HD, int q_stride, int kv_stride, int att_stride) {
-    int first = start[0], keys = t0 + n;
-    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
-    int count = keys - first;
-    float *scores = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)(keys + 64)), scale = 1.0f / sqrtf((float)HD);
+    int first = first_key(start, n), count = t0 + n - first;
+    float *scores = thread_buffer(BUFFER_ATTENTION, (size_t)ATTENTION_ROWS * (size_t)count), scale = 1.0f / sqrtf((float)HD);
     gemm_block(scores, count, view(q, q_stride, 1), view(k + (size_t)first * kv_stride, 1, kv_stride), n, count, HD, OVERWRITE);
     for (int i = 0; i < n; i++) {
         float *row = scores + (size_t)i * count;
@@ -675,12 +693,11 @@ void attention_backward(float *dq, float *dk, float *dv, const float *datt, cons
             }
             for (int h = g * group; h < (g + 1) * group; h++)
                 for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
-                    int n = T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, first = start[row + t0];
-                    for (int i = 1; i < n; i++) if (start[row + t0 + i] < first) first = start[row + t0 + i];
-                    int count = t0 + n - first;
+                    int n = T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS;
+                    int first = first_key(start + row + t0, n), count = t0 + n - first;
                     size_t queries = (row + t0) * stride + (size_t)h * HD, outputs = (row + t0) * NH * HD + (size_t)h * HD;
                     size_t keys = kv + (size_t)first * stride;
-                    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)(T + 64));
+                    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)T);
                     float *dp = p + (size_t)n * count;
                     View datt_block = view(datt + outputs, (ptrdiff_t)NH * HD, 1);
                     gemm_block(p, count, view(q + queries, stride, 1), view(k + keys, 1, stride), n, count, HD, OVERWRITE);
@@ -855,8 +872,9 @@ typedef struct {
     float *params_memory, *grads_memory, *m_memory, *v_memory;   // num_params each; the last three only while training
     Activations acts;
     int B, T;                        // room in acts
+    int positions;                   // rows of the rope table: the longest sequence
     Recompute recompute;
-    float *rope;                     // (T, HD / 2, 2): cos, sin
+    float *rope;                     // (positions, HD / 2, 2): cos, sin
 } Model;
 
 // x of the next layer = x + attention + MLP, leaving everything in acts. With a cache, the T tokens (of one sequence, B = 1) follow
@@ -964,12 +982,12 @@ void model_alloc(Model *m, const Config *c) {
     params_point(&m->params, c, m->params_memory);
 }
 
-// Room for (B, T) batches, and with TRAIN for gradients and AdamW's moments.
-void model_alloc_run(Model *m, int B, int T, Recompute recompute, Pass pass) {
-    m->B = B, m->T = T, m->recompute = recompute;
+// Room for (B, T) batches of sequences up to `positions` long, and with TRAIN for gradients and AdamW's moments.
+void model_alloc_run(Model *m, int B, int T, int positions, Recompute recompute, Pass pass) {
+    m->B = B, m->T = T, m->positions = positions, m->recompute = recompute;
     activations_alloc(&m->acts, &m->config, B, T, recompute, pass == TRAIN);
-    m->rope = (float *)xmalloc((size_t)T * (size_t)m->config.HD * sizeof(float));
-    rope_table(m->rope, T, m->config.HD, m->config.rope_base);
+    m->rope = (float *)xmalloc((size_t)positions * (size_t)m->config.HD * sizeof(float));
+    rope_table(m->rope, positions, m->config.HD, m->config.rope_base);
     if (pass != TRAIN) return;
     m->grads_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
     m->m_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
@@ -1094,7 +1112,8 @@ StoredTensor stored_tensor(const Json *entry, const char *path, uint64_t data_be
         t.elements *= (size_t)d->number;
     }
     const Json *first = offsets->child, *last = first ? first->next : NULL;
-    CHECK(last && first->number >= 0 && last->number >= first->number && last->number <= (double)data_bytes,
+    CHECK(last && first->type == JSON_NUMBER && last->type == JSON_NUMBER && first->number == floor(first->number) && first->number >= 0
+          && last->number >= first->number && last->number <= (double)data_bytes,
           "%s: tensor %s ends at byte %.0f of the data, but only %" PRIu64 " are there; the file is truncated or damaged", path, t.name,
           last ? last->number : 0.0, data_bytes);
     CHECK((size_t)(last->number - first->number) == t.elements * dtype_bytes(t.dtype),
@@ -1109,7 +1128,7 @@ void safetensors_header(StoredTensors *s, const char *path) {
     FILE *f = fopen(path, "rb");
     CHECK(f != NULL, "cannot open %s: %s", path, strerror(errno));
     struct stat st;
-    CHECK(fstat(fileno(f), &st) == 0, "cannot read %s: %s", path, strerror(errno));
+    CHECK(fstat(fileno(f), &st) == 0 && S_ISREG(st.st_mode), "%s is not a regular file", path);
     uint64_t length = 0, size = (uint64_t)st.st_size;
     CHECK(size >= 8 && fread(&length, 8, 1, f) == 1, "%s is %" PRIu64 " bytes: too short for a safetensors file", path, size);
     CHECK(length <= size - 8, "%s: its header should be %" PRIu64 " bytes long, but the file has only %" PRIu64
@@ -1148,6 +1167,11 @@ Json *read_json(const char *path) {
     return json;
 }
 
+StoredTensor *safetensors_find(StoredTensors *s, const char *name) {
+    for (int i = 0; i < s->count; i++) if (strcmp(s->list[i].name, name) == 0) return &s->list[i];
+    return NULL;
+}
+
 // The tensors of directory/name.safetensors, or of the files which directory/name.safetensors.index.json lists.
 StoredTensors safetensors_open(const char *directory, const char *name) {
     StoredTensors s = {NULL, 0};
@@ -1167,6 +1191,8 @@ StoredTensors safetensors_open(const char *directory, const char *name) {
         for (const Json *e = map->child; e != entry && !seen; e = e->next) seen = strcmp(e->text, entry->text) == 0;
         if (!seen) safetensors_header(&s, path_of("%s/%s", directory, entry->text));
     }
+    for (int i = 0; i < s.count; i++)
+        CHECK(safetensors_find(&s, s.list[i].name) == &s.list[i], "%s: tensor %s is in two files", directory, s.list[i].name);
     json_free(index);
     return s;
 }
@@ -1174,11 +1200,6 @@ StoredTensors safetensors_open(const char *directory, const char *name) {
 void safetensors_close(StoredTensors *s) {
     for (int i = 0; i < s->count; i++) free(s->list[i].name), free(s->list[i].path);
     free(s->list);
-}
-
-StoredTensor *safetensors_find(StoredTensors *s, const char *name) {
-    for (int i = 0; i < s->count; i++) if (strcmp(s->list[i].name, name) == 0) return &s->list[i];
-    return NULL;
 }
 
 // The next `count` elements of t as floats.
@@ -1223,6 +1244,7 @@ void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, 
         bool fits = t->is_vector ? stored->num_dims == 1 && stored->shape[0] == elements
                                  : stored->num_dims == 2 && stored->shape[0] == rows && stored->shape[1] == t->cols;
         char found[64], needed[64];
+        CHECK(stored->num_dims <= 2, "%s: tensor %s has %d dimensions, at most 2 were expected", from, name, stored->num_dims);
         CHECK(fits, "%s: tensor %s has shape %s, config.json needs %s", from, name,
               shape_text(found, stored->num_dims == 1, stored->shape[0], stored->num_dims == 1 ? 1 : stored->shape[1]),
               shape_text(needed, t->is_vector, t->is_vector ? elements : rows, t->is_vector ? 1 : t->cols));
@@ -1282,13 +1304,18 @@ double config_number(const Json *json, const char *path, const char *key) {
     CHECK(value->type == JSON_NUMBER, "%s: \"%s\" should be a number", path, key);
     return value->number;
 }
-int config_size(const Json *json, const char *path, const char *key) {
+double config_whole(const Json *json, const char *path, const char *key, double least, double most) {
     double value = config_number(json, path, key);
-    CHECK(value >= 1 && value <= (1 << 24) && value == floor(value), "%s: \"%s\" is %g, it should be a whole number from 1 to 2^24",
-          path, key, value);
-    return (int)value;
+    CHECK(value >= least && value <= most && value == floor(value), "%s: \"%s\" is %g, it should be a whole number from %.0f to %.0f", path,
+          key, value, least, most);
+    return value;
 }
-bool config_true(const Json *json, const char *key) { const Json *value = json_get(json, key); return value && value->type == JSON_TRUE; }
+int config_size(const Json *json, const char *path, const char *key) { return (int)config_whole(json, path, key, 1, 1 << 24); }
+bool config_true(const Json *json, const char *path, const char *key) {
+    const Json *value = json_get(json, key);
+    CHECK(!value || value->type <= JSON_TRUE, "%s: \"%s\" should be true or false", path, key);
+    return value && value->type == JSON_TRUE;
+}
 bool config_given(const Json *json, const char *key) { const Json *value = json_get(json, key); return value && value->type != JSON_NULL; }
 
 // Keys that change what the model computes in ways this program doesn't know.
@@ -1298,7 +1325,8 @@ void config_refuse(const Json *json, const char *path) {
     for (int i = 0; unknown[i]; i++)
         CHECK(!config_given(json, unknown[i]), "%s: \"%s\" is not supported; this program trains dense, unquantised Qwen models", path,
               unknown[i]);
-    CHECK(!config_true(json, "use_sliding_window"), "%s: \"use_sliding_window\" is true; sliding-window attention is not supported", path);
+    CHECK(!config_true(json, path, "use_sliding_window"),
+          "%s: \"use_sliding_window\" is true; sliding-window attention is not supported", path);
     const Json *layer_types = json_get(json, "layer_types");
     for (const Json *type = layer_types ? layer_types->child : NULL; type; type = type->next)
         CHECK(type->type == JSON_STRING && strcmp(type->text, "full_attention") == 0,
@@ -1328,7 +1356,7 @@ Config config_load(const char *path, bool *v1_names) {
     c.V = config_size(json, path, "vocab_size"), c.C = config_size(json, path, "hidden_size"),
     c.I = config_size(json, path, "intermediate_size");
     c.L = config_size(json, path, "num_hidden_layers"), c.NH = config_size(json, path, "num_attention_heads");
-    c.tied = config_true(json, "tie_word_embeddings"), c.qkv_bias = v1 || v2, c.qk_norm = v3;
+    c.tied = config_true(json, path, "tie_word_embeddings"), c.qkv_bias = v1 || v2, c.qk_norm = v3;
     if (v1) {                                                    // intermediate_size counts both w1 and w2
         CHECK(c.I % 2 == 0, "%s: \"intermediate_size\" is %d, it should be even", path, c.I);
         c.I /= 2, c.NKV = c.NH, c.HD = config_size(json, path, "kv_channels"), c.max_T = config_size(json, path, "seq_length");
@@ -1345,12 +1373,16 @@ Config config_load(const char *path, bool *v1_names) {
         if (config_given(json, "head_dim")) c.HD = config_size(json, path, "head_dim");
         else CHECK(v2 && c.C % c.NH == 0, "%s lacks \"head_dim\"", path);
         if (!c.HD) c.HD = c.C / c.NH;
-        CHECK(!v3 || !config_true(json, "attention_bias"), "%s: \"attention_bias\" is true; it is not supported for qwen3", path);
+        CHECK(!v3 || !config_true(json, path, "attention_bias"), "%s: \"attention_bias\" is true; it is not supported for qwen3", path);
     }
+    CHECK((double)c.NH * c.HD <= 1 << 20 && c.L <= 1024 && c.C <= 1 << 20 && c.I <= 1 << 20,
+          "%s: %d layers of width %d with %d heads of %d and an "
+          "MLP of %d: no Qwen is that large",
+          path, c.L, c.C, c.NH, c.HD, c.I);
     CHECK(c.NH % c.NKV == 0, "%s: \"num_attention_heads\" (%d) is not a multiple of \"num_key_value_heads\" (%d)", path, c.NH, c.NKV);
     CHECK(c.HD % 2 == 0, "%s: the head size is %d; RoPE needs an even number", path, c.HD);
-    CHECK(c.norm_eps > 0 && c.rope_base > 1, "%s: the norm's epsilon (%g) and RoPE's base (%g) must be positive", path, c.norm_eps,
-          c.rope_base);
+    CHECK(c.norm_eps > 0 && c.norm_eps < 1 && c.rope_base > 1 && isfinite(c.rope_base),
+          "%s: the norm's epsilon (%g) and RoPE's base (%g) are out of range", path, c.norm_eps, c.rope_base);
     if (v1_names) *v1_names = v1;
     json_free(json);
     return c;
@@ -1435,7 +1467,7 @@ void cache_free(KVCache *cache) { free(cache->k), free(cache->v), free(cache->ze
 float *model_decode(Model *m, KVCache *cache, const int *tokens, int count) {
     const Config *c = &m->config;
     int chunk_rows = m->B * m->T < PROMPT_CHUNK ? m->B * m->T : PROMPT_CHUNK, last = 0;
-    assert(count > 0 && cache->length + count <= cache->capacity && cache->capacity <= m->T);
+    assert(count > 0 && cache->length + count <= cache->capacity && cache->capacity <= m->positions);
     for (int done = 0; done < count; done += last, cache->length += last) {
         last = count - done < chunk_rows ? count - done : chunk_rows;
         model_forward(m, tokens + done, NULL, 1, last, cache);
@@ -1453,24 +1485,24 @@ int compare_candidates(const void *a, const void *b) {           // falling prob
 
 typedef struct { double temperature, top_p; long top_k; bool greedy; } Sampler;       // top_k 0: all
 
-// Chooses one of the first `count` ids: softmax(logits / temperature), cut to the top_k most likely ones and to the smallest set
-// whose probability reaches top_p; `coin` in [0, 1) picks from what is left. Overwrites the logits.
+// Chooses one of the first `count` ids: softmax(logits / temperature), cut to the top_k most likely ones, then to the smallest set whose
+// share of these reaches top_p; `coin` in [0, 1) picks from what is left. Overwrites the logits. Below temperature 1e-3 it is greedy.
 int sample(float *logits, int count, const Sampler *s, double coin) {
-    int best = 0;
-    for (int i = 1; i < count; i++) if (logits[i] > logits[best]) best = i;
-    if (s->greedy || s->temperature <= 0) return best;
-    float scale = (float)(1.0 / s->temperature), sum = exp_row(logits, logits, scale, logits[best] * scale, count);
     static Candidate *candidates;
     static int room;
+    int best = 0, n = 0, kept = 0;
+    for (int i = 1; i < count; i++) if (logits[i] > logits[best]) best = i;
+    CHECK(isfinite(logits[best]), "the model's logits are not finite; its weights are damaged");
+    if (s->greedy || s->temperature < 1e-3) return best;
+    float scale = (float)(1.0 / s->temperature), sum = exp_row(logits, logits, scale, logits[best] * scale, count);
+    CHECK(isfinite(sum), "the model's logits are not finite; its weights are damaged");
     if (room < count) candidates = (Candidate *)xrealloc(candidates, (size_t)(room = count) * sizeof(Candidate));
-    // What is less likely than (1 - top_p) / count each cannot be in the set: leaving it out makes sorting short.
-    float least = s->top_p < 1 ? (float)((1 - s->top_p) / count) * sum : 0;
-    int n = 0;
+    // Impossible ids (logit -inf) are dropped, and without top_k also those that can't be in the top_p set: sorting less takes less.
+    float least = s->top_k == 0 && s->top_p < 1 ? (float)((1 - s->top_p) / count) * sum : 1e-30f;
     for (int i = 0; i < count; i++)
         if (logits[i] >= least) candidates[n].probability = logits[i], candidates[n++].id = i;
     qsort(candidates, (size_t)n, sizeof(Candidate), compare_candidates);
-    double reached = 0, all = (double)sum;
-    int kept = 0;
+    double all = (double)sum, reached = 0;
     if (s->top_k > 0 && s->top_k < n) {
         n = (int)s->top_k, all = 0;
         for (int i = 0; i < n; i++) all += (double)candidates[i].probability;
@@ -1488,8 +1520,8 @@ int sample(float *logits, int count, const Sampler *s, double coin) {
 typedef void (*Emit)(void *context, int id);
 int generate(Model *m, const Tokenizer *tokenizer, const int *tokens, int count, int max_tokens, const Sampler *sampler, uint64_t seed,
              Emit emit, void *context) {
-    int room = m->T - count, made = 0, ids = tokenizer->vocab_size < m->config.V ? tokenizer->vocab_size : m->config.V;
-    KVCache cache = cache_alloc(&m->config, m->T);
+    int room = m->positions - count, made = 0, ids = tokenizer->vocab_size < m->config.V ? tokenizer->vocab_size : m->config.V;
+    KVCache cache = cache_alloc(&m->config, m->positions);
     float *logits = model_decode(m, &cache, tokens, count);
     while (made < max_tokens && made < room) {
         for (int id = tokenizer->num_ranks; id < ids; id++) {    // never an id without a token
@@ -1517,6 +1549,11 @@ void print_token(void *context, int id) {
     fwrite(text, 1, utf8_stream(&p->stream, bytes, len, text), p->to);
     fflush(p->to);
 }
+void print_rest(Printer *p) {                                    // ends the line; a character that was cut becomes U+FFFD
+    char text[8];
+    fwrite(text, 1, utf8_stream_flush(&p->stream, text), p->to);
+    fprintf(p->to, "\n");
+}
 void print_id(void *context, int id) { fprintf((FILE *)context, "%d ", id); }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1536,7 +1573,10 @@ typedef struct {
 // The value as text, as it would be given.
 const char *option_text(const Option *o, char *buffer, size_t size) {
     if (o->type == OPTION_INT) snprintf(buffer, size, "%ld", *(long *)o->value);
-    else if (o->type == OPTION_FLOAT) snprintf(buffer, size, "%g", *(double *)o->value);
+    else if (o->type == OPTION_FLOAT) {
+        snprintf(buffer, size, "%g", *(double *)o->value);
+        if (strtod(buffer, NULL) != *(double *)o->value) snprintf(buffer, size, "%.17g", *(double *)o->value);
+    }
     else if (o->type == OPTION_STRING) snprintf(buffer, size, "%s", *(const char **)o->value);
     else if (o->type == OPTION_FLAG) snprintf(buffer, size, "%s", *(bool *)o->value ? "on" : "off");
     else snprintf(buffer, size, "%s", o->choices[*(int *)o->value]);
@@ -1595,9 +1635,10 @@ void set_option(const Option *o, const char *text) {
         number = strtod(text, &end);
         CHECK(end != text && *end == 0 && isfinite(number), "--%s needs a number, not '%s'", o->name, text);
         CHECK(number >= o->least, "--%s is %s, it must be at least %g", o->name, text, o->least);
+        CHECK(o->type == OPTION_FLOAT || number <= INT32_MAX, "--%s is %s, it must be at most %d", o->name, text, INT32_MAX);
     }
     if (o->type == OPTION_INT) {
-        CHECK(number == floor(number) && fabs(number) < 9e15, "--%s needs a whole number, not '%s'", o->name, text);
+        CHECK(number == floor(number), "--%s needs a whole number, not '%s'", o->name, text);
         *(long *)o->value = (long)number;
     } else if (o->type == OPTION_FLOAT) {
         *(double *)o->value = number;
@@ -1640,24 +1681,32 @@ int parse_options(const Option *table, unsigned command, int argc, char **argv, 
 }
 
 enum { COMMAND_TRAIN = 1, COMMAND_GENERATE = 2, COMMAND_INFO = 4 };
-static const char *const ON_OFF_AUTO[] = {"auto", "on", "off", NULL}, *const SAVE_DTYPES[] = {"fp32", "bf16", NULL};
-static const char *const TRAIN_TASKS[] = {"pretrain", "sft", NULL};
+typedef enum { AUTO, ON, OFF } OnOff;
+static const char *const ON_OFF_NAMES[] = {"auto", "on", "off", NULL};
+static const char *const SAVE_DTYPES[] = {"fp32", "bf16", NULL};         // in the order of Dtype
+static const char *const RECOMPUTE_NAMES[] = {"0", "1", "2", NULL};      // in the order of Recompute
+static const char *const TRAIN_TASKS[] = {"pretrain", "sft", NULL};      // in the order of Task
 
 // 0 or "" where a comment says auto: resolve_options replaces it by what fits the model and the data.
 static struct {
     const char *model, *data, *val, *out, *prompt;
-    int task, schedule, save_dtype, doc_mask;
-    long steps, epochs, batch, seq, accum, total_batch, warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed,
-        recompute, log_every;
+    int task, schedule, save_dtype, doc_mask, recompute;
+    long steps, epochs, batch, seq, accum, total_batch;
+    long warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed, log_every;
     long max_tokens, top_k;
-    double lr, min_lr, weight_decay, beta1, beta2, eps, clip, temperature, top_p;
+    double lr, min_lr, weight_decay, clip;
+    double beta1, beta2, eps;
+    double temperature, top_p;
     bool resume, greedy, ids, json;
-} opt = {
+} opt = {                            // the defaults, line by line
     "", "", "", "out", "",
-    TASK_PRETRAIN, COSINE, F32, 0,
-    0, 1, 16, 256, 1, 0, -1, 100, 65536, 100, 0, 2, 1337, KEEP_ALL, 10,
+    TASK_PRETRAIN, COSINE, F32, AUTO, KEEP_ALL,
+    0, 1, 4, 128, 1, 0,
+    -1, 500, 65536, 500, 0, 2, 1337, 50,
     128, 0,
-    0, 0.1, 0.1, 0.9, 0.95, 1e-8, 1.0, 0.8, 0.9,
+    0, 0.1, 0.1, 1.0,
+    0.9, 0.95, 1e-8,
+    0.8, 0.9,
     false, false, false, false,
 };
 
@@ -1685,8 +1734,8 @@ static const Option OPTIONS[] = {
     {"beta2",        T_,       OPTION_FLOAT,  &opt.beta2,        0, NULL, "AdamW's mean of their squares"},
     {"eps",          T_,       OPTION_FLOAT,  &opt.eps,          0, NULL, "AdamW's epsilon"},
     {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
-    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_AUTO, "attention ends at document borders; auto: only in SFT"},
-    {"recompute",    T_|I_,    OPTION_INT,    &opt.recompute,    0, NULL, "2 keeps layer inputs only, 1 all but norms and SwiGLU, 0 all"},
+    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: only in SFT"},
+    {"recompute",    T_|I_,    OPTION_CHOICE, &opt.recompute,    0, RECOMPUTE_NAMES, "0 keeps all, 1 no norms and SwiGLU, 2 layer inputs"},
     {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
     {"eval-tokens",  T_,       OPTION_INT,    &opt.eval_tokens,  1, NULL, "at most so many tokens of the validation data"},
     {"sample-every", T_,       OPTION_INT,    &opt.sample_every, 0, NULL, "print a sample every so many updates; 0: never"},
@@ -1727,7 +1776,7 @@ void event_write(FILE *f, const unsigned char *event, size_t bytes) {
     uint32_t crc = masked_crc32c((const unsigned char *)&length, 8);
     fwrite(&length, 8, 1, f), fwrite(&crc, 4, 1, f), fwrite(event, 1, bytes, f);
     crc = masked_crc32c(event, bytes);
-    fwrite(&crc, 4, 1, f), fflush(f);
+    fwrite(&crc, 4, 1, f);
 }
 
 size_t event_begin(unsigned char *event) {                       // wall_time
@@ -1754,6 +1803,10 @@ void event_scalar(FILE *f, const char *tag, long step, double value) {
 }
 
 typedef struct { FILE *json, *events; } Log;                     // out/log.jsonl and out/events.out.tfevents.*
+
+void log_flush(const Log *log) {
+    CHECK(fflush(log->json) == 0 && fflush(log->events) == 0, "cannot write the logs: %s", strerror(errno));
+}
 
 // With resume_step > 0 the lines of later steps, from before a crash, are dropped.
 Log log_open(const char *out, long resume_step) {
@@ -1782,7 +1835,9 @@ Log log_open(const char *out, long resume_step) {
     return log;
 }
 
-// The newest step_* below a run's directory, or NULL. Names have equal lengths, so the last in order is the newest.
+int compare_strings(const void *a, const void *b) { return strcmp(*(char *const *)a, *(char *const *)b); }
+
+// The checkpoints step_NNNNNNNN of a run's directory, oldest first.
 typedef struct { char **names; int count; } Names;
 Names list_checkpoints(const char *out) {
     Names found = {NULL, 0};
@@ -1793,15 +1848,19 @@ Names list_checkpoints(const char *out) {
         found.names[found.count++] = strdup(entry->d_name);
     }
     if (directory) closedir(directory);
-    qsort(found.names, (size_t)found.count, sizeof(char *), compare_paths);
+    qsort(found.names, (size_t)found.count, sizeof(char *), compare_strings);
     return found;
+}
+
+// The newest checkpoint of a run's directory, or NULL.
+const char *newest_checkpoint(const char *out) {
+    Names names = list_checkpoints(out);
+    return names.count > 0 ? path_of("%s/%s", out, names.names[names.count - 1]) : NULL;
 }
 
 // A directory that holds a model: `path` itself, or the newest checkpoint of the run `path`. NULL if neither.
 const char *find_checkpoint(const char *path) {
-    if (file_exists(path_of("%s/config.json", path))) return path;
-    Names names = list_checkpoints(path);
-    return names.count > 0 ? path_of("%s/%s", path, names.names[names.count - 1]) : NULL;
+    return file_exists(path_of("%s/config.json", path)) ? path : newest_checkpoint(path);
 }
 
 void delete_directory(const char *path) {                        // and the files in it; ours hold no directories
@@ -1858,6 +1917,8 @@ void save_checkpoint(Run *run) {
     char final[4096], unfinished[4096];
     snprintf(final, sizeof final, "%s/step_%08ld", opt.out, run->step);
     if (strcmp(final, run->last_saved) == 0) return;
+    CHECK(isfinite(gradient_norm(m->params_memory, m->table.num_params)), "the weights are not finite after update %ld; not saved. "
+          "Last checkpoint: %s", run->step, run->last_saved[0] ? run->last_saved : "none");
     snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
     delete_directory(unfinished);
     make_directory(unfinished);
@@ -1875,13 +1936,13 @@ void save_checkpoint(Run *run) {
     Block blocks[] = {{"m.", m->m_memory}, {"v.", m->v_memory}, {"master.", m->params_memory}};
     write_safetensors(path_of("%s/optimizer.safetensors", unfinished), &m->table, 0, m->table.count, blocks, dtype == F32 ? 2 : 3, F32);
     trainer_json(run, path_of("%s/trainer.json", unfinished));
+    sync_directory(unfinished);
     delete_directory(final);                                     // only there if this step is reached a second time
     CHECK(rename(unfinished, final) == 0, "cannot rename %s to %s: %s", unfinished, final, strerror(errno));
-    int directory = open(opt.out, O_RDONLY);
-    if (directory >= 0) fsync(directory), close(directory);      // the new name itself
+    sync_directory(opt.out);
     memcpy(run->last_saved, final, sizeof final);
     Names names = list_checkpoints(opt.out);
-    for (int i = 0; opt.keep > 0 && i < names.count - (int)opt.keep; i++) delete_directory(path_of("%s/%s", opt.out, names.names[i]));
+    for (int i = 0; opt.keep > 0 && i < names.count - opt.keep; i++) delete_directory(path_of("%s/%s", opt.out, names.names[i]));
     printf("saved %s\n", final);
 }
 
@@ -1898,7 +1959,8 @@ void resume_checkpoint(Run *run, const char *from) {
     snprintf(master, sizeof master, "master.%s", m->table.list[0].name);
     if (safetensors_find(&stored, master)) load_tensors(&stored, from, &m->table, m->params_memory, "master.", false);
     safetensors_close(&stored);
-    run->step = (long)config_number(json, path, "step"), run->position = (uint64_t)config_number(json, path, "position");
+    run->step = (long)config_whole(json, path, "step", 1, INT32_MAX);
+    run->position = (uint64_t)config_whole(json, path, "position", 0, 9e15);
     const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options");
     char fingerprint[32];
     snprintf(fingerprint, sizeof fingerprint, "%016" PRIx64, run->train.fingerprint);
@@ -1931,7 +1993,10 @@ double evaluate(Run *run) {
         loss += model_loss(m, &batch, B, m->T, 0, EVALUATE);
     }
     batch_free(&batch);
-    return counted > 0 ? loss / counted : 0;
+    CHECK(counted > 0, "%s holds no token to be judged on, only prompts", run->val.shards[0].path);
+    CHECK(isfinite(loss), "the validation loss is not finite after update %ld. Last checkpoint: %s", run->step,
+          run->last_saved[0] ? run->last_saved : "none");
+    return loss / counted;
 }
 
 // Continues the beginnings of `count` documents of the validation (or training) data, to show what the model has learnt.
@@ -1939,20 +2004,15 @@ void print_samples(Run *run, int count) {
     const Loader *l = run->has_val ? &run->val : &run->train;
     Sampler sampler = {opt.temperature, opt.top_p, 0, false};
     for (int i = 0; i < count; i++) {
-        const Shard *s = &l->shards[0];
-        uint64_t seed = mix64((uint64_t)opt.seed ^ 0x5A3B1E) + (uint64_t)(run->step * 16 + i), at = mix64(seed) % s->num_tokens;
-        while (at > 0 && !(s->tokens[at] & TOKEN_DOC_START)) at--;
-        int tokens[8], n = 0;
-        for (; n < 8 && n < run->model.T / 2 && at + (uint64_t)n < s->num_tokens; n++) {
-            if (n > 0 && s->tokens[at + (uint64_t)n] & TOKEN_DOC_START) break;
-            tokens[n] = (int)(s->tokens[at + (uint64_t)n] & TOKEN_ID_MASK);
-        }
+        uint64_t seed = mix64((uint64_t)opt.seed ^ 0x5A3B1E) + (uint64_t)(run->step * 16 + i);
+        int tokens[8], n = loader_document_start(l, mix64(seed), tokens, run->model.T / 2 < 8 ? run->model.T / 2 : 8);
+        if (n == 0) return;                                      // rows too short for a prompt and an answer
         Printer printer = {run->tokenizer, {}, stdout};
         printf("sample: ");
         for (int k = 0; k < n; k++) print_token(&printer, tokens[k]);
         printf(" | ");
         generate(&run->model, run->tokenizer, tokens, n, 100, &sampler, seed, print_token, &printer);
-        printf("\n");
+        print_rest(&printer);
     }
 }
 
@@ -2028,6 +2088,7 @@ Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
         checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint)) ||
                        file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
     const char *from = model_has_one ? checkpoint : file_exists(beside) ? beside : "dev/data/qwen.bin";
+    CHECK(file_exists(from), "no tokenizer for %s: there is none beside it, none with the model, and no %s here", shard->path, from);
     Tokenizer *t = tokenizer_load(from);
     CHECK(t->hash == shard->header->tokenizer_hash, "%s was not made with the tokenizer of %s; prepare it again, with --tokenizer %s",
           shard->path, from, from);
@@ -2035,7 +2096,7 @@ Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
     return t;
 }
 
-void open_val(Run *run, Task task, bool doc_mask) {
+void open_val(Run *run, Task task, int vocab_size, bool doc_mask) {
     const char *from = opt.val[0] ? opt.val : opt.data;
     struct stat st;
     if (!opt.val[0] && !(stat(opt.data, &st) == 0 && S_ISDIR(st.st_mode))) return;
@@ -2044,7 +2105,7 @@ void open_val(Run *run, Task task, bool doc_mask) {
     if (!run->has_val) return;
     CHECK(run->val.shards[0].header->tokenizer_hash == run->train.shards[0].header->tokenizer_hash,
           "%s and %s come from different tokenizers; prepare both with the same one", run->val.shards[0].path, run->train.shards[0].path);
-    loader_open(&run->val, task, (int)opt.seq, run->model.config.V, doc_mask, false, 0);
+    loader_open(&run->val, task, (int)opt.seq, vocab_size, doc_mask, false, 0);
     CHECK(run->val.num_rows > 0, "%s has %" PRIu64 " tokens, one row of --seq %ld needs %ld", run->val.shards[0].path,
           run->val.num_tokens, opt.seq, opt.seq + 1);
 }
@@ -2057,19 +2118,26 @@ void resolve_options(Run *run, bool from_checkpoint) {
               micro_tokens);
         opt.accum = opt.total_batch / micro_tokens;
     }
-    uint64_t rows = (uint64_t)(opt.batch * opt.accum);
-    CHECK(run->train.num_rows >= rows, "%s has %" PRIu64 " tokens, enough for %" PRIu64 " rows; one update of --batch %ld x --accum %ld"
-          " rows of --seq %ld needs %" PRIu64 " tokens", opt.data, run->train.num_tokens, run->train.num_rows, opt.batch, opt.accum,
-          opt.seq, rows * (uint64_t)opt.seq + 1);
-    run->steps = opt.steps > 0 ? opt.steps : (long)(run->train.num_rows * (uint64_t)opt.epochs / rows);
+    uint64_t have = run->train.num_rows;
+    double needed = (double)opt.batch * (double)opt.accum;
+    CHECK(needed <= (double)have,
+          "%s has %" PRIu64 " tokens, enough for %" PRIu64 " rows of --seq %ld; one update of --batch %ld x --accum %ld needs %.0f "
+          "rows, so it needs %.0f tokens or more",
+          opt.data, run->train.num_tokens, have, opt.seq, opt.batch, opt.accum, needed, needed * (double)opt.seq + 1);
+    double updates = floor((double)have * (double)opt.epochs / needed);
+    CHECK(updates <= INT32_MAX, "--epochs %ld would be %.0f updates; at most %d are possible", opt.epochs, updates, INT32_MAX);
+    run->steps = opt.steps > 0 ? opt.steps : (long)updates;
     if (opt.warmup < 0) opt.warmup = run->steps / 20 < 1000 ? run->steps / 20 : 1000;
     CHECK(opt.warmup < run->steps, "--warmup %ld leaves nothing of the %ld updates", opt.warmup, run->steps);
     CHECK(opt.min_lr <= 1, "--min-lr %g is a fraction of --lr, at most 1", opt.min_lr);
-    CHECK(opt.beta1 < 1 && opt.beta2 < 1, "--beta1 %g and --beta2 %g must be below 1", opt.beta1, opt.beta2);
+    CHECK((float)opt.beta1 < 1 && (float)opt.beta2 < 1, "--beta1 %g and --beta2 %g must be below 1", opt.beta1, opt.beta2);
+    CHECK((float)opt.eps > 0, "--eps is %g; as a 32-bit number it must be above 0", opt.eps);
+    CHECK(isfinite((float)opt.lr) && isfinite((float)opt.weight_decay), "--lr %g or --weight-decay %g is beyond 32-bit numbers", opt.lr,
+          opt.weight_decay);
     if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2e-3 : 1e-4;
 }
 
-// Opens data, tokenizer and model; allocates; initialises, loads or resumes.
+// Opens data, tokenizer and model; allocates; initialises, loads or resumes. Whatever can be refused is refused before memory is taken.
 void run_open(Run *run) {
     bool is_default = opt.model[0] == 0 && opt.data[0] == 0;
     if (opt.model[0] == 0) opt.model = "tiny";
@@ -2078,42 +2146,55 @@ void run_open(Run *run) {
         make_default_data();
         opt.data = DEFAULT_DATA;
     }
-    const char *checkpoint, *resume_from = opt.resume ? find_checkpoint(opt.out) : NULL;
-    Config config = config_of_model(opt.model, &checkpoint);
-    CHECK(!opt.resume || resume_from, "--resume: %s holds no checkpoint", opt.out);
+    const char *checkpoint = opt.resume ? newest_checkpoint(opt.out) : NULL;         // where weights come from, NULL: random
+    CHECK(!opt.resume || checkpoint, "--resume: %s holds no checkpoint", opt.out);
+    Config config = opt.resume ? config_load(path_of("%s/config.json", checkpoint), NULL) : config_of_model(opt.model, &checkpoint);
     CHECK(loader_find(&run->train, opt.data, "train") > 0, "--data %s: no such token files; make some with ./prepare", opt.data);
     run->tokenizer = open_tokenizer(&run->train.shards[0], checkpoint);
     if (config.V == 0) config.V = (run->tokenizer->vocab_size + 63) / 64 * 64;
-    if (resume_from) config = config_load(path_of("%s/config.json", resume_from), NULL);
     CHECK(opt.seq <= config.max_T, "--seq %ld is longer than the model's %d positions", opt.seq, config.max_T);
-    CHECK(opt.recompute <= RECOMPUTE_LAYERS, "--recompute is %ld, it must be 0, 1 or 2", opt.recompute);
     CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
 
     Task task = (Task)opt.task;
-    bool doc_mask = opt.doc_mask == 0 ? task != TASK_PRETRAIN : opt.doc_mask == 1;
+    bool doc_mask = opt.doc_mask == AUTO ? task != TASK_PRETRAIN : opt.doc_mask == ON;
     loader_open(&run->train, task, (int)opt.seq, config.V, doc_mask, true, (uint64_t)opt.seed);
-    resolve_options(run, checkpoint != NULL);
+    open_val(run, task, config.V, doc_mask);
+    resolve_options(run, !find_preset(opt.model));
     Model *m = &run->model;
     model_alloc(m, &config);
-    if (resume_from || checkpoint) model_load(m, resume_from ? resume_from : checkpoint);
+    if (checkpoint) model_load(m, checkpoint);
     else init_params(m->params_memory, &config, &m->table, (uint64_t)opt.seed);
-    model_alloc_run(m, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute, TRAIN);
-    open_val(run, task, doc_mask);
-    if (resume_from) resume_checkpoint(run, resume_from);
+    model_alloc_run(m, (int)opt.batch, (int)opt.seq, (int)opt.seq, (Recompute)opt.recompute, TRAIN);
+    if (opt.resume) resume_checkpoint(run, checkpoint);
+    CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
 }
 
-// A run that is already in --out is moved aside, never written over.
-void claim_out(const Run *run) {
-    make_directory(opt.out);
-    if (run->step == 0 && file_exists(path_of("%s/log.jsonl", opt.out))) {
-        int n = 1;
-        while (file_exists(path_of("%s.%d", opt.out, n))) n++;
-        const char *aside = path_of("%s.%d", opt.out, n);
-        CHECK(rename(opt.out, aside) == 0, "cannot rename %s to %s: %s", opt.out, aside, strerror(errno));
-        make_directory(opt.out);
-        printf("%s held an earlier run; moved to %s\n", opt.out, aside);
-    }
-    CHECK(access(opt.out, W_OK) == 0, "cannot write into --out %s: %s", opt.out, strerror(errno));
+// Two runs in one directory would destroy each other, so a run holds a lock on it, which the system releases when it ends.
+void lock_out(void) {
+    const char *path = path_of("%s/lock", opt.out);
+    int file = open(path, O_RDWR | O_CREAT, 0666);
+    CHECK(file >= 0, "cannot write into --out %s: %s", opt.out, strerror(errno));
+    CHECK(flock(file, LOCK_EX | LOCK_NB) == 0, "another run is writing into %s; wait for it, or choose another --out", opt.out);
+}
+
+// Makes --out this run's own. What is already there is moved aside, never written over.
+void claim_out(void) {
+    char *out = strcpy((char *)xmalloc(strlen(opt.out) + 1), opt.out);
+    for (size_t n = strlen(out); n > 1 && out[n - 1] == '/'; n--) out[n - 1] = 0;
+    opt.out = out;
+    CHECK(out[0] && strcmp(out, ".") != 0 && strcmp(out, "..") != 0 && strcmp(out, "/") != 0, "--out '%s': name a directory of its own",
+          out);
+    make_directory(out);
+    lock_out();
+    bool in_use = newest_checkpoint(out) || file_exists(path_of("%s/log.jsonl", out)) || file_exists(path_of("%s/config.json", out));
+    if (opt.resume || !in_use) return;
+    int n = 1;
+    while (file_exists(path_of("%s.%d", out, n))) n++;
+    const char *aside = path_of("%s.%d", out, n);
+    CHECK(rename(out, aside) == 0, "cannot rename %s to %s: %s", out, aside, strerror(errno));
+    printf("%s held an earlier run; moved to %s\n", out, aside);
+    make_directory(out);
+    lock_out();
 }
 
 void print_run(const Run *run) {
@@ -2181,11 +2262,11 @@ void report_step(const Run *run, const StepResult *r, double seconds, double lef
     fprintf(run->log.json,
             "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"targets\":%.0f,\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", run->step,
             r->loss, r->norm, r->lr, r->targets, seconds * 1e3, per_s);
-    fflush(run->log.json);
     event_scalar(run->log.events, "train/loss", run->step, r->loss);
     event_scalar(run->log.events, "train/grad_norm", run->step, r->norm);
     event_scalar(run->log.events, "train/learning_rate", run->step, r->lr);
     event_scalar(run->log.events, "train/tokens_per_s", run->step, per_s);
+    log_flush(&run->log);
     bool line = run->step % opt.log_every == 0 || run->step == 1 || run->step == run->steps, terminal = isatty(STDOUT_FILENO);
     if (!line && !terminal) return;
     printf("%supdate %*ld/%ld | loss %.4f | norm %6.3f | lr %.2e | %5.0f ms | %6.0f tok/s | %2.0f %% of peak | %s left%s",
@@ -2195,8 +2276,8 @@ void report_step(const Run *run, const StepResult *r, double seconds, double lef
     if (r->targets == 0) printf("\nnote: update %ld had no target to learn from (only prompts); nothing was changed\n", run->step);
 }
 
-double report_val(Run *run) {
-    if (!run->has_val) return 0;
+void report_val(Run *run) {
+    if (!run->has_val) return;
     double loss = evaluate(run);
     const char *terminal = isatty(STDOUT_FILENO) ? "\r\033[K" : "";
     printf("%svalidation loss %.4f (perplexity %.2f)", terminal, loss, exp(loss));
@@ -2204,9 +2285,8 @@ double report_val(Run *run) {
     if (bigram > 0) printf("; a bigram model of the training data has %.4f", bigram);
     printf("\n");
     fprintf(run->log.json, "{\"step\":%ld,\"val_loss\":%.9g}\n", run->step, loss);
-    fflush(run->log.json);
     event_scalar(run->log.events, "val/loss", run->step, loss);
-    return loss;
+    log_flush(&run->log);
 }
 
 void print_farewell(const Run *run, double seconds) {
@@ -2218,19 +2298,19 @@ void print_farewell(const Run *run, double seconds) {
     double memory_mb = (double)usage.ru_maxrss / 1e3;
 #endif
     printf("\n%s in all, %.0f MB of memory at most. Try next:\n", time_text(seconds), memory_mb);
-    printf("  ./train_qwen generate --model %s --prompt \"%s\"\n", opt.out, "长江");
-    printf("  ./train_qwen --epochs 3 --out out3                   # longer training\n");
-    printf("  ./train_qwen --model %s --data DIR --lr 1e-4        # go on with other data; ./prepare makes it\n", opt.out);
-    if (run->step < run->steps) printf("  the same command with --resume                       # go on where this run stopped\n");
+    if (run->step < run->steps) printf("  the same command with --resume                        # go on where this run stopped\n");
+    printf("  ./train_qwen generate --model %s --prompt \"长江\"        # continue a text of yours\n", opt.out);
+    if (strcmp(opt.data, DEFAULT_DATA) == 0)
+        printf("  ./train_qwen --epochs 4 --out longer                  # train longer: the facts come later than the grammar\n");
+    printf("  ./prepare --out data/mine my_texts.jsonl              # token files of your own texts, then --data data/mine\n");
 }
 
 void train(void) {
     Run *run = (Run *)xcalloc(1, sizeof(Run));
     run_open(run);
-    claim_out(run);
+    claim_out();
     run->log = log_open(opt.out, run->step);
     print_run(run);
-    CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
     signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
     double peak = measure_peak_flops(), begin = now_s();
     long first = run->step;
@@ -2246,10 +2326,11 @@ void train(void) {
         if (!last && opt.sample_every > 0 && run->step % opt.sample_every == 0) print_samples(run, 1);
         if (!last && opt.save_every > 0 && run->step % opt.save_every == 0) save_checkpoint(run);
     }
-    if (stop_requested) printf("\nstopped by a signal after update %ld; go on with --resume\n", run->step);
-    if (!stop_requested) report_val(run);
-    if (!stop_requested && opt.sample_every > 0) print_samples(run, 3);
+    bool stopped = run->step < run->steps;
+    if (stopped) printf("\nstopped by a signal after update %ld; go on with --resume\n", run->step);
     save_checkpoint(run);
+    if (!stopped) report_val(run);
+    if (!stopped && opt.sample_every > 0) print_samples(run, 3);
     print_farewell(run, now_s() - begin);
 }
 
@@ -2262,13 +2343,16 @@ void print_info(void) {
     Config c = config_of_model(opt.model, &checkpoint);
     if (c.V == 0) c.V = 4096;                                    // tiny: the data decides
     int B = (int)opt.batch, T = (int)opt.seq;
+    CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
     TensorTable table = tensor_table(&c);
     double parameters = 4.0 * (double)table.num_params, flops = flops_per_token(&c, T);
     double activations[3];
     for (int level = 0; level < 3; level++) activations[level] = 4.0 * (double)activations_floats(&c, B, T, (Recompute)level, true);
     double total = 4 * parameters + activations[opt.recompute];
     if (opt.json) {
-        printf("{\"model\":\"%s\",\"parameters\":%zu,\"flops_per_token\":%.0f,\"batch\":%d,\"seq\":%d,\"recompute\":%ld,", opt.model,
+        printf("{\"model\":");
+        json_write_string(stdout, opt.model, strlen(opt.model));
+        printf(",\"parameters\":%zu,\"flops_per_token\":%.0f,\"batch\":%d,\"seq\":%d,\"recompute\":%d,",
                table.num_params, flops, B, T, opt.recompute);
         printf("\"parameters_bytes\":%.0f,\"gradients_bytes\":%.0f,\"optimizer_bytes\":%.0f,"
                "\"activations_bytes\":%.0f,\"total_bytes\":%.0f}\n",
@@ -2325,8 +2409,8 @@ void generate_text(void) {
               m.config.V - 1);
     }
     CHECK(list.count < (size_t)max_T, "the prompt has %zu tokens, the model has %d positions", list.count, max_T);
-    long T = count + opt.max_tokens;
-    model_alloc_run(&m, 1, (int)(T < max_T ? T : max_T), KEEP_ALL, EVALUATE);
+    int positions = count + opt.max_tokens < max_T ? count + (int)opt.max_tokens : max_T;
+    model_alloc_run(&m, 1, positions < PROMPT_CHUNK ? positions : PROMPT_CHUNK, positions, RECOMPUTE_LAYERS, EVALUATE);
     Sampler sampler = {opt.temperature, opt.top_p, opt.top_k, opt.greedy};
     Printer printer = {tokenizer, {}, stdout};
     if (opt.ids) generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_id, stdout);
@@ -2334,7 +2418,8 @@ void generate_text(void) {
         for (int i = 0; i < count; i++) print_token(&printer, tokens[i]);
         generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_token, &printer);
     }
-    printf("\n");
+    if (opt.ids) printf("\n");
+    else print_rest(&printer);
 }
 
 void print_help(void) {
@@ -2354,9 +2439,6 @@ void print_help(void) {
 
 #ifndef QWEN_NO_MAIN
 int main(int argc, char **argv) {
-    // Threads that wait should sleep, not spin: beside one other busy program spinning makes a step twice as slow, and alone it gains
-    // 3 %. OpenMP reads this before main, so the program starts itself again.
-    if (!getenv("OMP_WAIT_POLICY") && setenv("OMP_WAIT_POLICY", "passive", 1) == 0) execvp(argv[0], argv);
     bool has_command = argc > 1 && argv[1][0] != '-';
     const char *command = has_command ? argv[1] : "train";
     for (int i = 1; i < argc; i++)
@@ -2373,6 +2455,7 @@ int main(int argc, char **argv) {
     } else {
         DIE("unknown command '%s'; there are train, generate and info, and --help", command);
     }
+    CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write the output: %s", strerror(errno));
     return 0;
 }
 #endif

@@ -4,6 +4,7 @@
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
 passed=0 failed=0
+limit=; if command -v timeout > /dev/null; then limit="timeout 300"; fi      # a hang is a failure
 ok()   { passed=$((passed + 1)); echo "ok   $1"; }
 bad()  { failed=$((failed + 1)); echo "FAIL $1"; }
 same() { if cmp -s "$2" "$3"; then ok "$1"; else bad "$1: $2 and $3 differ"; fi; }
@@ -11,14 +12,14 @@ same() { if cmp -s "$2" "$3"; then ok "$1"; else bad "$1: $2 and $3 differ"; fi;
 # fails NAME MESSAGE COMMAND...: the command must end with code 1, one line on stderr that holds MESSAGE
 fails() {
     name=$1 message=$2; shift 2
-    "$@" > "$dir/stdout" 2> "$dir/stderr"; code=$?
+    $limit "$@" > "$dir/stdout" 2> "$dir/stderr"; code=$?
     if [ $code -eq 1 ] && grep -qF -e "$message" "$dir/stderr" && [ "$(wc -l < "$dir/stderr")" -eq 1 ]; then ok "$name: $(cat "$dir/stderr")"
     else bad "$name: code $code, expected '$message', got: $(cat "$dir/stderr")"; fi
 }
 # says NAME PATTERN COMMAND...: the command must end with code 0 and print a line that matches PATTERN
 says() {
     name=$1 pattern=$2; shift 2
-    "$@" > "$dir/stdout" 2> "$dir/stderr"; code=$?
+    $limit "$@" > "$dir/stdout" 2> "$dir/stderr"; code=$?
     if [ $code -eq 0 ] && grep -qE -e "$pattern" "$dir/stdout"; then ok "$name"
     else bad "$name: code $code, expected a line like '$pattern'; got: $(cat "$dir/stderr"; tail -3 "$dir/stdout")"; fi
 }
@@ -43,13 +44,18 @@ fails "no value" "--batch needs a value" ./train_qwen --batch
 fails "a choice that is none" "it must be one of cosine, linear, wsd, constant" $train --schedule cosin
 fails "total-batch that doesn't fit" "is not a multiple of --batch x --seq = 64" $train --total-batch 100
 fails "warm-up longer than the run" "leaves nothing of the 3 updates" $train --steps 3 --warmup 3
-fails "recompute 3" "it must be 0, 1 or 2" $train --recompute 3
+fails "recompute 3" "it must be one of 0, 1, 2" $train --recompute 3
+fails "a number beyond 32 bits" "it must be at most 2147483647" $train --keep 4294967296
+fails "accumulation beyond all data" "needs 4503599" $train --batch 2097152 --seq 1 --accum 2147483647
+fails "an epsilon that is 0 as a float" "it must be above 0" $train --eps 1e-60
+fails "a beta that is 1 as a float" "must be below 1" $train --beta1 0.999999999
+fails "--out ." "name a directory of its own" $train --steps 1 --out .
 
 # files
 fails "no such data" "no such token files" ./train_qwen --data "$dir/none" --model tiny
 fails "no such model" "is neither a directory with a config.json nor a preset" ./train_qwen --data data/tiny_baike --model tyni
 fails "a model without data" "--model is given, but not --data" ./train_qwen --model tiny
-fails "data that is too little" "one update of --batch 64 x --accum 64 rows" $train --batch 64 --accum 64 --seq 1024
+fails "data that is too little" "one update of --batch 64 x --accum 64 needs 4096 rows" $train --batch 64 --accum 64 --seq 1024
 fails "unwritable output" "cannot make the directory /proc/nothing" $train --steps 1 --out /proc/nothing
 head -c 1000 data/tiny_baike/train.bin > "$dir/train.bin"; cp data/tiny_baike/tokenizer.bin "$dir"
 fails "a truncated token file" "the file is truncated or damaged" ./train_qwen --data "$dir/train.bin" --model tiny
@@ -97,22 +103,28 @@ same "a resume from bf16 loses nothing" "$dir/e/step_00000020/model.safetensors"
 # keep, Ctrl-C, an earlier run in --out, a full disk, NaN
 says "keep 2" saved $train --steps 6 --save-every 1 --keep 2 --out "$dir/g"
 if [ "$(ls "$dir/g" | grep -c step_)" -eq 2 ]; then ok "--keep 2 leaves two checkpoints"; else bad "--keep 2: $(ls "$dir/g")"; fi
+rm "$dir/g/log.jsonl"
 says "an earlier run is moved aside" 'held an earlier run; moved to .*/g.1' $train --steps 1 --out "$dir/g"
-if [ -f "$dir/g.1/step_00000006/model.safetensors" ]; then ok "nothing was lost"; else bad "the earlier run is gone"; fi
-$train --steps 1000 --out "$dir/h" > "$dir/stdout" 2>&1 & pid=$!
-while ! grep -q update "$dir/stdout"; do sleep 0.05; done
+says "again, with a slash" 'held an earlier run; moved to .*/g.2' $train --steps 1 --out "$dir/g/"
+if [ -f "$dir/g.1/step_00000006/model.safetensors" ] && [ -f "$dir/g.2/step_00000001/model.safetensors" ]; then ok "nothing was lost"; else bad "the earlier run is gone"; fi
+$train --steps 100000 --out "$dir/h" > "$dir/run" 2>&1 & pid=$!
+while ! grep -q '^update' "$dir/run" && kill -0 $pid; do sleep 0.05; done
+fails "a second run in the same directory" "another run is writing into $dir/h" $train --steps 1 --out "$dir/h"
 kill -INT $pid; wait $pid; code=$?
-if [ $code -eq 0 ] && grep -q 'stopped by a signal' "$dir/stdout" && ls "$dir"/h/step_*/model.safetensors > /dev/null; then ok "Ctrl-C saves and stops"
-else bad "Ctrl-C: code $code, $(tail -1 "$dir/stdout")"; fi
+if [ $code -eq 0 ] && grep -q 'stopped by a signal' "$dir/run" && ls "$dir"/h/step_*/model.safetensors > /dev/null; then ok "Ctrl-C saves and stops"
+else bad "Ctrl-C: code $code, $(tail -1 "$dir/run")"; fi
 fails "a full disk" "cannot write $dir/i/unfinished" sh -c "trap '' XFSZ; ulimit -f 3000; exec $train --steps 2 --out $dir/i"
 if ls "$dir"/i/step_* > /dev/null 2>&1; then bad "a full disk left a checkpoint"; else ok "a full disk leaves no half checkpoint"; fi
 fails "a loss that explodes" "stopped before they reach the weights" $train --steps 50 --lr 1e30 --warmup 0 --clip 0 --out "$dir/j"
+
+says "rows of one token" saved ./train_qwen --data data/tiny_baike --model tiny --batch 2 --seq 1 --steps 2 --eval-tokens 10 --out "$dir/m"
 
 # generation
 says "generate" '^长江' ./train_qwen generate --model "$dir/a" --prompt 长江 --max-tokens 10
 ./train_qwen generate --model "$dir/a" --prompt 长江 --max-tokens 10 --seed 3 > "$dir/one"; echo 长江 | tr -d '\n' | ./train_qwen generate --model "$dir/a" --max-tokens 10 --seed 3 > "$dir/two"
 same "the prompt from standard input, and a seed" "$dir/one" "$dir/two"
 says "generate --ids" '^([0-9]+ )+$' ./train_qwen generate --model "$dir/a" --prompt 长江 --max-tokens 5 --ids --greedy
+if [ -w /dev/full ]; then fails "output to a full disk" "cannot write the output" sh -c "./train_qwen info --model tiny > /dev/full"; fi
 fails "an empty prompt" "the prompt is empty" sh -c "./train_qwen generate --model $dir/a < /dev/null"
 says "a checkpoint as the model of a new run" saved ./train_qwen --data data/tiny_baike --model "$dir/a" --batch 2 --seq 32 --steps 2 --sample-every 0 --out "$dir/l"
 

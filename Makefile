@@ -1,6 +1,6 @@
 # make train_qwen && ./train_qwen     build the trainer and train a small model on a small Chinese corpus
 # make test                           everything that is checked, plain and with sanitizers
-# make all | debug | bench | clean    all programs; with -g and sanitizers; the CPU's matrix multiplication; remove what was built
+# make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
 

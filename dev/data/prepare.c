@@ -27,7 +27,7 @@ static const char *const TEMPLATES[] = {"chatml", "mini_llm", "none", NULL};
 static struct {
     const char *out, *tokenizer, *shown_tokenizer, *eos, *field, *system, *file;
     int task, special, parsed_special, chat_template;
-    int64_t min_chars, max_chars, shard_tokens, show, documents, threads;
+    long min_chars, max_chars, shard_tokens, show, documents, threads;
     double val_fraction;
     bool trim_vocab, dedup, strict, jsonl, ids;
 } prep = {
@@ -1272,7 +1272,7 @@ void show_file(const char *path, const Tokenizer *known, int64_t documents) {
         next = at + 1;
         while (next < s.num_tokens && !(s.tokens[next] & TOKEN_DOC_START)) next++;
         const char *side = h->task != TASK_DPO ? "" : i % 2 ? ", rejected" : ", chosen";
-        printf("--- document %" PRId64 "%s, %" PRIu64 " tokens\n", i, side, next - at);
+        printf("--- document %ld%s, %" PRIu64 " tokens\n", i, side, next - at);
         show_document(&s, t, at);
     }
     shard_close(&s);

@@ -11,7 +11,6 @@ static const double TOLERANCE = 1e-5;        // fp32 sums of some hundred terms 
 // ---------------------------------------------------------------------------------------------------------------------
 // PyTorch's numbers
 
-typedef struct { StoredTensors stored; } Expected;
 float *expected(StoredTensors *s, const char *name, size_t count) {
     StoredTensor *t = safetensors_find(s, name);
     CHECK(t && t->elements == count, "the fixture lacks %s with %zu elements", name, count);
@@ -500,6 +499,15 @@ void test_windows(void) {
         }
     for (int r = 0; r < 8; r++) same += first[0][r] == first[1][r];
     check(same < 8, "every epoch has its own order");
+    int visits[100] = {0}, unequal = 0;
+    for (uint64_t position = l.num_rows; position < 4 * l.num_rows; position++) {    // epochs 1 to 3: all rows, three times
+        Batch b;
+        batch_alloc(&b, 1, 8);
+        loader_rows(&l, position, 1, &b);
+        unequal += ++visits[b.tokens[0]] != (int)(position / l.num_rows);
+        batch_free(&b);
+    }
+    check(unequal == 0, "each epoch visits each row once");
     loader_close(&l);
     for (int i = 0; i < 2; i++) write_tokens(path_of("%s/train_%d.bin", scratch, i), tokens + 50 * i, 50, 1, TASK_PRETRAIN, 100);
     l = open_loader(scratch, TASK_PRETRAIN, 7, 100, false, false);

@@ -59,7 +59,7 @@ build/test_%: dev/test/test_%.c Makefile | build
 build/sanitized_%: dev/test/%.c Makefile | build
 	$(CC) $(SANITIZE) -MMD -MP -MF build/$(@F).d -o $@ $< -lm
 
-test: $(PROGRAMS) $(GENERATE) $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
+test: $(PROGRAMS) $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
 	$(foreach t,$(TESTS),build/$(t) && $(RUN_SANITIZED) build/sanitized_$(t) && ) true
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh

@@ -1701,12 +1701,12 @@ static struct {
 } opt = {                            // the defaults, line by line
     "", "", "", "out", "",
     TASK_PRETRAIN, COSINE, F32, AUTO, KEEP_ALL,
-    0, 1, 4, 128, 1, 0,
+    0, 1, 2, 128, 1, 0,
     -1, 500, 65536, 500, 0, 2, 1337, 50,
     128, 0,
     0, 0.1, 0.1, 1.0,
-    0.9, 0.95, 1e-8,
-    0.8, 0.9,
+    0.9, 0.99, 1e-8,
+    0.7, 0.9,
     false, false, false, false,
 };
 
@@ -1725,7 +1725,7 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2e-3 for tiny, 1e-5 for a checkpoint, or 1e-4"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2.5e-3 for tiny, 1e-5 for a checkpoint, or 1e-4"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
     {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
@@ -2134,7 +2134,7 @@ void resolve_options(Run *run, bool from_checkpoint) {
     CHECK((float)opt.eps > 0, "--eps is %g; as a 32-bit number it must be above 0", opt.eps);
     CHECK(isfinite((float)opt.lr) && isfinite((float)opt.weight_decay), "--lr %g or --weight-decay %g is beyond 32-bit numbers", opt.lr,
           opt.weight_decay);
-    if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2e-3 : 1e-4;
+    if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
 }
 
 // Opens data, tokenizer and model; allocates; initialises, loads or resumes. Whatever can be refused is refused before memory is taken.

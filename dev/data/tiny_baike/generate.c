@@ -960,7 +960,7 @@ void write_records(const char *folder, const char *name, const Records *r, const
     fputs(head, a.file);
     for (int i = 0; i < r->count; i++) fprintf(a.file, "%s%s", i ? between : "", r->lines[i]);
     fputs(tail, a.file);
-    printf("%-40s %6d records %8ld bytes\n", path, r->count, ftell(a.file));
+    if (!strstr(folder, "/mc/")) printf("%-34s %6d records, %4.1f MB\n", path, r->count, (double)ftell(a.file) / 1e6);
     close_atomic(&a);
 }
 
@@ -1077,11 +1077,10 @@ void print_domains(void) {
                 facts += fill_say(&text, &s, f);
             }
         }
-        printf("%-20s %4d entities %5d facts  %s\n", d->name, d->num_rows, facts, d->title);
         all_entities += d->num_rows;
         all_facts += facts;
     }
-    printf("%-20s %4d entities %5d facts\n", "all", all_entities, all_facts);
+    printf("%d domains, %d entities, %d facts\n", corpus.num_domains, all_entities, all_facts);
 }
 
 void make_folder(const char *path) {

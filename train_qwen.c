@@ -1,4 +1,4 @@
-// train_qwen.c: trains Qwen language models. Plain C, fp32, one file; train_qwen.cu is its mirror for GPUs.
+// train_qwen.c: trains Qwen language models, from random weights or from a Hugging Face checkpoint. Plain C, fp32, one file.
 //
 //   make train_qwen && ./train_qwen                          trains a small model on a Chinese corpus, about 3 minutes
 //   ./train_qwen --model DIR --data DIR                      continues from a Hugging Face checkpoint

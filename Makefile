@@ -29,14 +29,18 @@ GENERATE := build/generate
 all: $(PROGRAMS) notes
 
 # ./train_qwen makes its default data itself, with these two
-train_qwen: train_qwen.c Makefile | build prepare $(GENERATE) notes
+train_qwen: train_qwen.c build/flags | prepare $(GENERATE) notes
 	$(BUILD)
-prepare: dev/data/prepare.c Makefile | build
+prepare: dev/data/prepare.c build/flags
 	$(BUILD)
-$(GENERATE): dev/data/tiny_baike/generate.c Makefile | build
+$(GENERATE): dev/data/tiny_baike/generate.c build/flags
 	$(BUILD)
 build:
 	@mkdir -p build
+# Changes when compiler or flags do, so that everything is built again.
+build/flags: FORCE | build
+	@echo '$(CC) $(FLAGS) $(OPENMP)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(OPENMP)' > $@
+FORCE:
 
 # One calm line for each thing that is not there.
 notes:
@@ -54,9 +58,9 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
 TESTS := test_train test_tokenizer test_tiny_baike
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
-build/test_%: dev/test/test_%.c Makefile | build
+build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)
-build/sanitized_%: dev/test/%.c Makefile | build
+build/sanitized_%: dev/test/%.c build/flags
 	$(CC) $(SANITIZE) -MMD -MP -MF build/$(@F).d -o $@ $< -lm
 
 test: $(PROGRAMS) $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
@@ -81,5 +85,5 @@ debug: train_qwen.c | build
 clean:
 	rm -rf build $(PROGRAMS)
 
-.PHONY: all notes tiny_baike test test-compile debug clean
+.PHONY: FORCE all notes tiny_baike test test-compile debug clean
 -include $(wildcard build/*.d)

@@ -306,7 +306,8 @@ double loader_rows(const Loader *l, uint64_t position, int rows, const Batch *ou
     return counted;
 }
 
-// The first tokens, at most `room`, of a document somewhere in the data (of the first shard with tokens), for samples. Returns how many.
+// The first tokens, at most `room`, of a document somewhere in the data (of the first shard with tokens), for samples; of a packed one the
+// prompt: what stands before the first token with a loss. Returns how many.
 int loader_document_start(const Loader *l, uint64_t random, int *tokens, int room) {
     int shard = 0, n = 0;
     while (l->shards[shard].num_tokens == 0) shard++;
@@ -315,7 +316,7 @@ int loader_document_start(const Loader *l, uint64_t random, int *tokens, int roo
     while (at > 0 && !(s->tokens[at] & TOKEN_DOC_START)) at--;
     for (; n < room && at + (uint64_t)n < s->num_tokens; n++) {
         uint32_t token = s->tokens[at + (uint64_t)n];
-        if (n > 0 && token & TOKEN_DOC_START) break;
+        if ((n > 0 && token & TOKEN_DOC_START) || (l->packed && !(token & TOKEN_NO_LOSS))) break;
         check_token(l, shard, at + (uint64_t)n);
         tokens[n] = (int)(token & TOKEN_ID_MASK);
     }

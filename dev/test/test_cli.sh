@@ -33,7 +33,12 @@ says "info --json" '"parameters":1431996416,"flops_per_token":6824656896,' ./tra
 says "--help" '^  --weight-decay N ' ./train_qwen --help
 
 # options
+mkdir "$dir/huge"; cp data/tiny_baike/tokenizer.bin "$dir/huge"
+sed 's/"hidden_size": 24/"hidden_size": 65536/; s/"num_hidden_layers": 2/"num_hidden_layers": 1000/; s/"vocab_size": 61/"vocab_size": 8000/' \
+    dev/test/fixtures/qwen2/config.json > "$dir/huge/config.json"
 fails "an unknown option names the nearest" "did you mean --batch" ./train_qwen --bacth 3
+fails "an option of another command" "--temperature is an option of another command" ./train_qwen --temperature 1
+fails "more than the machine's memory" "GB, the machine has" $train --model "$dir/huge"
 fails "an unknown command" "unknown command 'trian'" ./train_qwen trian
 fails "batch 0" "--batch is 0, it must be at least 1" $train --batch 0
 fails "seq 0" "--seq is 0, it must be at least 1" $train --seq 0
@@ -92,6 +97,7 @@ fails "nothing left to do" "is complete: 20 updates" $train --steps 20 --out "$d
 fails "resume with another seq" "--seq was 32" $train --steps 30 --seq 16 --out "$dir/k" --resume
 ./prepare --tokenizer data/tiny_baike/tokenizer.bin --out "$dir/other" data/tiny_baike/web.jsonl > /dev/null
 fails "resume with other data" "was trained on other data" ./train_qwen --data "$dir/other" --model tiny --batch 2 --seq 32 --steps 30 --out "$dir/k" --resume
+says "resume finds data and model by itself" 'saved .*/k/step_00000021' ./train_qwen --resume --out "$dir/k" --steps 21 --batch 2 --seq 32 --sample-every 0
 says "resume with another batch says so" 'resume: --batch was 2, is now 4' $train --steps 30 --batch 4 --out "$dir/k" --resume
 
 # bf16 weights: the fp32 ones are kept beside them for the resume

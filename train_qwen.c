@@ -531,28 +531,31 @@ void rmsnorm_forward(float *out, float *rstd, const float *inp, const float *wei
 // dinp = or += rstd * (weight * dout - x * rstd^2 * mean(weight * dout * x));  with OVERWRITE dinp may be dout itself
 void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const float *inp, const float *weight, const float *rstd,
                       int N, int G, int C, int stride, WriteMode mode) {
-    #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += 32)                           // columns are shared out, as in embedding_backward
+    #pragma omp parallel
+    {
+        #pragma omp for
+        for (int c0 = 0; c0 < C; c0 += 32)                       // columns are shared out, as in embedding_backward
+            for (int n = 0; n < N; n++)
+                for (int g = 0; g < G; g++) {
+                    size_t at = (size_t)n * stride + (size_t)g * C;
+                    float r = rstd[(size_t)n * G + g];
+                    for (int c = c0; c < C && c < c0 + 32; c++) dweight[c] += dout[at + c] * inp[at + c] * r;
+                }
+        #pragma omp for
         for (int n = 0; n < N; n++)
             for (int g = 0; g < G; g++) {
                 size_t at = (size_t)n * stride + (size_t)g * C;
-                float r = rstd[(size_t)n * G + g];
-                for (int c = c0; c < C && c < c0 + 32; c++) dweight[c] += dout[at + c] * inp[at + c] * r;
+                const float *dy = dout + at, *x = inp + at;
+                float *dx = dinp + at, r = rstd[(size_t)n * G + g], sum = 0;
+                #pragma omp simd reduction(+:sum)
+                for (int c = 0; c < C; c++) sum += weight[c] * dy[c] * x[c];
+                float back = sum / (float)C * r * r * r;
+                for (int c = 0; c < C; c++) {
+                    float d = weight[c] * dy[c] * r - x[c] * back;
+                    dx[c] = mode == ACCUMULATE ? dx[c] + d : d;
+                }
             }
-    #pragma omp parallel for
-    for (int n = 0; n < N; n++)
-        for (int g = 0; g < G; g++) {
-            size_t at = (size_t)n * stride + (size_t)g * C;
-            const float *dy = dout + at, *x = inp + at;
-            float *dx = dinp + at, r = rstd[(size_t)n * G + g], sum = 0;
-            #pragma omp simd reduction(+:sum)
-            for (int c = 0; c < C; c++) sum += weight[c] * dy[c] * x[c];
-            float back = sum / (float)C * r * r * r;
-            for (int c = 0; c < C; c++) {
-                float d = weight[c] * dy[c] * r - x[c] * back;
-                dx[c] = mode == ACCUMULATE ? dx[c] + d : d;
-            }
-        }
+    }
 }
 
 // out (N, OC) = or += inp (N, C) weight (OC, C)^T + bias (OC). bias may be NULL.
@@ -1034,11 +1037,12 @@ typedef struct { float lr, beta1, beta2, eps, weight_decay; } AdamW;
 void adamw_step(Model *model, const AdamW *o, float grad_scale, long step) {
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step)));
     float correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    for (int k = 0; k < model->table.count; k++) {
+    float *params = model->params_memory, *grads = model->grads_memory, *ms = model->m_memory, *vs = model->v_memory;
+    #pragma omp parallel
+    for (int k = 0; k < model->table.count; k++) {               // every thread goes through all tensors and takes its part of each
         const TensorInfo *t = &model->table.list[k];
         float keep = 1.0f - (t->decay == DECAY ? o->lr * o->weight_decay : 0.0f);
-        float *params = model->params_memory, *grads = model->grads_memory, *ms = model->m_memory, *vs = model->v_memory;
-        #pragma omp parallel for simd
+        #pragma omp for simd nowait
         for (size_t i = t->offset; i < t->offset + t->rows * t->cols; i++) {
             float g = grads[i] * grad_scale;
             float m = ms[i] = o->beta1 * ms[i] + (1.0f - o->beta1) * g;
@@ -1554,11 +1558,6 @@ void print_token(void *context, int id) {
     fwrite(text, 1, utf8_stream(&p->stream, bytes, len, text), p->to);
     fflush(p->to);
 }
-void print_rest(Printer *p) {                                    // ends the line; a character that was cut becomes U+FFFD
-    char text[8];
-    fwrite(text, 1, utf8_stream_flush(&p->stream, text), p->to);
-    fprintf(p->to, "\n");
-}
 void print_id(void *context, int id) { fprintf((FILE *)context, "%d ", id); }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -2028,7 +2027,7 @@ void print_samples(Run *run, int count) {
         for (int k = 0; k < n; k++) print_token(&printer, tokens[k]);
         printf(" | ");
         generate(&run->model, run->tokenizer, tokens, n, 100, &sampler, seed, print_token, &printer);
-        print_rest(&printer);
+        printf("\n");                                            // a character cut at the end is not shown
         free(tokens);
     }
 }
@@ -2471,8 +2470,7 @@ void generate_text(void) {
         for (int i = 0; i < count; i++) print_token(&printer, tokens[i]);
         generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_token, &printer);
     }
-    if (opt.ids) printf("\n");
-    else print_rest(&printer);
+    printf("\n");
 }
 
 void print_help(void) {

@@ -266,7 +266,7 @@ void init_params(float *params, const Config *c, const TensorTable *table, uint6
 typedef struct { const char *name; Config config; } Preset;
 static const Preset PRESETS[] = {
     //                    V      C     L   NH  NKV  HD    I  max_T  rope_base    eps  bias  qk_norm tied
-    {"tiny",          {     0,  128,   6,   2,  1,  64,   384,  1024,   10000, 1e-6f, false, true,  true }},   // V: from the data
+    {"tiny",          {     0,  128,   5,   2,  1,  64,   384,  1024,   10000, 1e-6f, false, true,  true }},   // V: from the data
     {"mini_llm_1.4b", {151936, 2048,  16,  16, 16, 128,  5504,  8192,   10000, 1e-6f, true,  false, false}},
     {"qwen2.5-0.5b",  {151936,  896,  24,  14,  2,  64,  4864, 32768, 1000000, 1e-6f, true,  false, true }},
     {"qwen2.5-1.5b",  {151936, 1536,  28,  12,  2, 128,  8960, 32768, 1000000, 1e-6f, true,  false, true }},
@@ -1710,7 +1710,7 @@ static struct {
     "", "", "", "out", "",
     TASK_PRETRAIN, COSINE, F32, AUTO, KEEP_ALL,
     0, 1, 2, 128, 1, 0,
-    -1, 500, 65536, 500, 0, 2, 1337, 50,
+    -1, 1000, 65536, 1000, 0, 2, 1337, 50,
     128, 0,
     0, 0.1, 0.1, 1.0,
     0.9, 0.99, 1e-8,

@@ -1623,15 +1623,15 @@ int edit_distance(const char *a, const char *b) {                // Levenshtein,
 const Option *find_option(const Option *table, unsigned command, const char *name) {
     const Option *nearest = NULL;
     int least = 4;                                               // farther names are no guesses
+    bool elsewhere = false;
     for (const Option *o = table; o->name; o++) {
-        bool known = (o->commands & command) != 0;
-        if (strcmp(o->name, name) == 0) {
-            CHECK(known, "--%s is an option of another command; --help lists which", name);
-            return o;
-        }
+        bool known = (o->commands & command) != 0, equal = strcmp(o->name, name) == 0;
+        if (known && equal) return o;
+        if (equal) elsewhere = true;
         int distance = strncmp(o->name, name, strlen(name)) == 0 ? 0 : edit_distance(name, o->name);
         if (known && distance < least) least = distance, nearest = o;
     }
+    CHECK(!elsewhere, "--%s is an option of another command; --help lists which", name);
     CHECK(!nearest, "unknown option --%s; did you mean --%s? --help lists all", name, nearest ? nearest->name : "");
     DIE("unknown option --%s; --help lists all", name);
 }

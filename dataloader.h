@@ -257,6 +257,13 @@ void batch_alloc(Batch *b, int rows, int T) {
     b->start = (int *)xmalloc(n * sizeof(int)), b->weights = (float *)xmalloc(n * sizeof(float));
 }
 
+// The rows of b from `row` on.
+Batch batch_from(const Batch *b, int row, int T) {
+    size_t at = (size_t)row * (size_t)T;
+    Batch rest = {b->tokens + at, b->targets + at, b->start + at, b->weights + at};
+    return rest;
+}
+
 void batch_free(Batch *b) { free(b->tokens), free(b->targets), free(b->start), free(b->weights); }
 
 // Copies `count` stream tokens of one document run to places t, t+1, ... of a row. Stream token i is input i and target

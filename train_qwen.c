@@ -5,14 +5,16 @@
 //   ./train_qwen generate --model DIR --prompt "..."         samples from one
 //   ./train_qwen info --model mini_llm_1.4b                  parameters, FLOPs and memory, without allocating any
 //
-// Where things are (search for "SECTION n"). A first reading takes 2, 4, the two structs of 5, 6, 7 and train_step in
-// 12, some 750 lines:
-//    1  errors, memory, files                     7  AdamW, clipping, schedules
-//    2  the model: Config, parameter table        8  checkpoints: safetensors, Hugging Face directories
-//    3  vectors, exp, matrix multiplication       9  sampling
-//    4  layers, forward and backward             10  options
-//    5  activations: what is kept                11  a run: logs, checkpoints, evaluation, samples
-//    6  the model's forward and backward         12  training      13  info, generate, main
+// Where things are (search for "SECTION n"). A first reading takes 2, 4, the two structs of 5, 6, 7 and machine_update in
+// 9, some 750 lines:
+//    1  errors, memory, files                     8  checkpoints: safetensors, Hugging Face directories
+//    2  the model: Config, parameter table        9  the machine: all that differs between CPU and GPU
+//    3  vectors, exp, matrix multiplication      10  sampling
+//    4  layers, forward and backward             11  options
+//    5  activations: what is kept                12  a run: logs, checkpoints, evaluation, samples
+//    6  the model's forward and backward         13  training
+//    7  AdamW, clipping, schedules               14  info, generate, main
+// train_qwen.cu includes this file and has sections 3 to 6 and 9 once more, for the GPU.
 //
 // Letters used throughout, and their values in Qwen3-0.6B:
 //    B  rows of a micro-batch                    V    vocabulary (151936)          NH   query heads (16)
@@ -665,6 +667,16 @@ void attention_forward(float *att, float *lse, const float *q, const float *k, c
 // Keys and values of one sequence so far, so that generating a token needs the forward pass of that token only.
 typedef struct { float *k, *v; int *zeros; int capacity, length; } KVCache;      // k, v: (L, capacity, NKV HD)
 
+// Room for a sequence of at most T tokens; prompts are processed PROMPT_CHUNK tokens at a time.
+enum { PROMPT_CHUNK = 256 };
+KVCache cache_alloc(int L, int NKV, int HD, int T) {
+    size_t floats = (size_t)L * (size_t)T * (size_t)(NKV * HD);
+    KVCache cache = {(float *)xmalloc(floats * sizeof(float)), (float *)xmalloc(floats * sizeof(float)),
+                     (int *)xcalloc(PROMPT_CHUNK, sizeof(int)), T, 0};
+    return cache;
+}
+void cache_free(KVCache *cache) { free(cache->k), free(cache->v), free(cache->zeros); }
+
 // Attention of T new tokens, which follow cache->length others; their keys and values are put into the cache of this layer.
 void attention_cached(float *att, const float *q, const float *k, const float *v, const KVCache *cache, int layer,
                       int T, int NH, int NKV, int HD, int stride) {
@@ -882,6 +894,8 @@ typedef struct {
     int positions;                   // rows of the rope table: the longest sequence
     Recompute recompute;
     float *rope;                     // (positions, HD / 2, 2): cos, sin
+    KVCache cache;                   // of the sequence that machine_decode goes on with
+    struct Gpu *gpu;                 // train_qwen.cu: the same on the device
 } Model;
 
 // x of the next layer = x + attention + MLP, leaving everything in acts. With a cache, the T tokens (of one sequence, B = 1) follow
@@ -982,12 +996,31 @@ double model_loss(Model *m, const Batch *batch, int B, int T, float scale, Pass 
     return sum;
 }
 
+// Appends tokens to the sequence in the cache. Returns the logits (V) after the last one, valid until the model is used again.
+float *model_decode(Model *m, KVCache *cache, const int *tokens, int count) {
+    const Config *c = &m->config;
+    int chunk_rows = m->B * m->T < PROMPT_CHUNK ? m->B * m->T : PROMPT_CHUNK, last = 0;
+    assert(count > 0 && cache->length + count <= cache->capacity && cache->capacity <= m->positions);
+    for (int done = 0; done < count; done += last, cache->length += last) {
+        last = count - done < chunk_rows ? count - done : chunk_rows;
+        model_forward(m, tokens + done, NULL, 1, last, cache);
+    }
+    matmul_forward(m->acts.logits, m->acts.h + (size_t)(last - 1) * c->C, m->params.head, NULL, 1, c->C, c->V, OVERWRITE);
+    return m->acts.logits;
+}
+
 // Parameters of the config's shape, not yet initialised.
 void model_alloc(Model *m, const Config *c) {
     m->config = *c;
     m->table = tensor_table(c);
     m->params_memory = (float *)xmalloc(m->table.num_params * sizeof(float));
     params_point(&m->params, c, m->params_memory);
+}
+
+void model_alloc_moments(Model *m) {
+    if (m->m_memory) return;
+    m->m_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
+    m->v_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
 }
 
 // Room for (B, T) batches of sequences up to `positions` long, and with TRAIN for gradients and AdamW's moments.
@@ -997,13 +1030,13 @@ void model_alloc_run(Model *m, int B, int T, int positions, Recompute recompute,
     m->rope = (float *)xmalloc((size_t)positions * (size_t)m->config.HD * sizeof(float));
     rope_table(m->rope, positions, m->config.HD, m->config.rope_base);
     if (pass != TRAIN) return;
+    model_alloc_moments(m);
     m->grads_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
-    m->m_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
-    m->v_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
     params_point(&m->grads, &m->config, m->grads_memory);
 }
 
 void model_free(Model *m) {
+    cache_free(&m->cache);
     free(m->params_memory), free(m->grads_memory), free(m->m_memory), free(m->v_memory), free(m->rope);
     free(m->acts.memory), free(m->acts.layers), free(m->params.layers), free(m->grads.layers), free(m->table.list);
     memset(m, 0, sizeof *m);
@@ -1460,30 +1493,106 @@ void model_save(const Model *m, const char *directory, Dtype dtype) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 9. Sampling
+// SECTION 9. The machine
+//
+// All that differs between CPU and GPU for the rest of this file: what training and sampling ask of the machine that does the arithmetic.
+// Below are the CPU's answers. train_qwen.cu defines QWEN_GPU and gives the GPU's. On both, params_memory, m_memory and v_memory of a
+// Model are the host's, which load and save them.
 
-// Room for a sequence of at most T tokens; prompts are processed PROMPT_CHUNK tokens at a time.
-enum { PROMPT_CHUNK = 256 };
-KVCache cache_alloc(const Config *c, int T) {
-    size_t floats = (size_t)c->L * (size_t)T * (size_t)(c->NKV * c->HD);
-    KVCache cache = {(float *)xmalloc(floats * sizeof(float)), (float *)xmalloc(floats * sizeof(float)),
-                     (int *)xcalloc(PROMPT_CHUNK, sizeof(int)), T, 0};
-    return cache;
+// What a training run needs, in bytes: weights (with their fp32 masters), gradients, AdamW's moments, activations.
+typedef struct { double weights, gradients, moments, activations; } MemoryPlan;
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute);
+double machine_memory(void);                     // bytes that the machine has, 0: unknown
+double machine_peak_flops(void);                 // what "% of peak" refers to
+const char *machine_text(void);                  // one line about it
+
+// Room for micro-batches of (B, T), updates of `rows` rows and sequences of `positions` tokens. Takes over the host's weights, and with
+// TRAIN its moments.
+void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass);
+void machine_close(Model *m);                    // frees all of the model, the host's part too
+void machine_download(Model *m);                 // brings weights and moments back to the host
+
+// One update from `rows` rows (micro-batches of m->B each) that have `targets` targets in all: forward, backward, clip, AdamW. Every
+// target counts the same in whatever micro-batch it is. A loss or norm that is not finite changes nothing.
+typedef struct { double loss, norm; } Update;
+Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step);
+double machine_loss(Model *m, const Batch *batch, int B, int T);                     // sum of weight * loss
+
+void machine_restart(Model *m);                  // begins a new sequence of at most m->positions tokens
+float *machine_decode(Model *m, const int *tokens, int count);                       // appends to it: the logits (V) after the last token
+
+#ifndef QWEN_GPU
+#define PROGRAM "train_qwen"
+#define PRECISION "fp32"
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
+    TensorTable table = tensor_table(c);
+    double weights = 4.0 * (double)table.num_params;
+    MemoryPlan plan = {weights, weights, 2 * weights, 4.0 * (double)activations_floats(c, B, T, recompute, true)};
+    free(table.list);
+    return plan;
 }
-void cache_free(KVCache *cache) { free(cache->k), free(cache->v), free(cache->zeros); }
+double machine_memory(void) { return (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE); }
 
-// Appends tokens to the sequence in the cache. Returns the logits (V) after the last one, valid until the model is used again.
-float *model_decode(Model *m, KVCache *cache, const int *tokens, int count) {
-    const Config *c = &m->config;
-    int chunk_rows = m->B * m->T < PROMPT_CHUNK ? m->B * m->T : PROMPT_CHUNK, last = 0;
-    assert(count > 0 && cache->length + count <= cache->capacity && cache->capacity <= m->positions);
-    for (int done = 0; done < count; done += last, cache->length += last) {
-        last = count - done < chunk_rows ? count - done : chunk_rows;
-        model_forward(m, tokens + done, NULL, 1, last, cache);
+const char *machine_text(void) {
+#ifdef _OPENMP
+    int threads = omp_get_max_threads();
+    return path_of("%d thread%s, vectors of %d floats", threads, threads == 1 ? "" : "s", VL);
+#else
+    return path_of("1 thread, vectors of %d floats; built without OpenMP", VL);
+#endif
+}
+
+// Floating-point operations per second of the micro-kernel on data in the L1 cache, on all threads. It is
+// within a few percent of what the processor can do at all. The best of ten short runs, in case other programs are busy.
+double machine_peak_flops(void) {
+    double flops = 0;
+    #pragma omp parallel reduction(+:flops)
+    {
+        float *a = thread_buffer(BUFFER_A, (size_t)MC * KC), *b = thread_buffer(BUFFER_B, (size_t)NC * KC);
+        float *c = thread_buffer(BUFFER_ROW, MR * NR);
+        double best = 0;
+        memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
+        for (int run = 0; run < 10; run++) {
+            double begin = now_s();
+            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
+            double rate = 2000.0 * 2 * MR * NR * KC / (now_s() - begin);
+            if (rate > best) best = rate;
+        }
+        flops += best;
     }
-    matmul_forward(m->acts.logits, m->acts.h + (size_t)(last - 1) * c->C, m->params.head, NULL, 1, c->C, c->V, OVERWRITE);
-    return m->acts.logits;
+    return flops;
 }
+
+void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass) {
+    (void)rows;                                                  // only micro-batches need room here
+    model_alloc_run(m, B, T, positions, recompute, pass);
+}
+void machine_close(Model *m) { model_free(m); }
+void machine_download(Model *m) { (void)m; }
+
+Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step) {
+    Update u = {};
+    for (int i = 0; i < rows; i += m->B) {
+        Batch micro = batch_from(batch, i, m->T);
+        u.loss += model_loss(m, &micro, m->B, m->T, (float)(1.0 / targets), TRAIN) / targets;
+    }
+    u.norm = gradient_norm(m->grads_memory, m->table.num_params);
+    if (!isfinite(u.loss) || !isfinite(u.norm)) return u;
+    adamw_step(m, adamw, clip > 0 && u.norm > clip ? (float)(clip / (u.norm + 1e-6)) : 1.0f, step);
+    return u;
+}
+double machine_loss(Model *m, const Batch *batch, int B, int T) { return model_loss(m, batch, B, T, 0, EVALUATE); }
+
+void machine_restart(Model *m) {
+    const Config *c = &m->config;
+    if (m->cache.capacity != m->positions) cache_free(&m->cache), m->cache = cache_alloc(c->L, c->NKV, c->HD, m->positions);
+    m->cache.length = 0;
+}
+float *machine_decode(Model *m, const int *tokens, int count) { return model_decode(m, &m->cache, tokens, count); }
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// SECTION 10. Sampling
 
 typedef struct { float probability; int id; } Candidate;
 int compare_candidates(const void *a, const void *b) {           // falling probability, then rising id
@@ -1530,8 +1639,8 @@ typedef void (*Emit)(void *context, int id);
 int generate(Model *m, const Tokenizer *tokenizer, const int *tokens, int count, int max_tokens, const Sampler *sampler, uint64_t seed,
              Emit emit, void *context) {
     int room = m->positions - count, made = 0, ids = tokenizer->vocab_size < m->config.V ? tokenizer->vocab_size : m->config.V;
-    KVCache cache = cache_alloc(&m->config, m->positions);
-    float *logits = model_decode(m, &cache, tokens, count);
+    machine_restart(m);
+    float *logits = machine_decode(m, tokens, count);
     while (made < max_tokens && made < room) {
         for (int id = tokenizer->num_ranks; id < ids; id++) {    // never an id without a token
             size_t len;
@@ -1542,9 +1651,8 @@ int generate(Model *m, const Tokenizer *tokenizer, const int *tokens, int count,
         made++;
         if (id == tokenizer->im_end || id == tokenizer->endoftext) break;
         emit(context, id);
-        if (made < max_tokens && made < room) logits = model_decode(m, &cache, &id, 1);
+        if (made < max_tokens && made < room) logits = machine_decode(m, &id, 1);
     }
-    cache_free(&cache);
     return made;
 }
 
@@ -1561,7 +1669,7 @@ void print_token(void *context, int id) {
 void print_id(void *context, int id) { fprintf((FILE *)context, "%d ", id); }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 10. Options: one table says how they are read, explained and remembered
+// SECTION 11. Options: one table says how they are read, explained and remembered
 
 typedef enum { OPTION_INT, OPTION_FLOAT, OPTION_STRING, OPTION_FLAG, OPTION_CHOICE } OptionType;
 typedef struct {
@@ -1765,7 +1873,7 @@ static const Option OPTIONS[] = {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 11. A run: its directory, logs, checkpoints, evaluation, samples
+// SECTION 12. A run: its directory, logs, checkpoints, evaluation, samples
 
 static volatile sig_atomic_t stop_requested;
 void request_stop(int signal_number) {
@@ -1932,6 +2040,7 @@ void save_checkpoint(Run *run) {
     char final[4096], unfinished[4096];
     snprintf(final, sizeof final, "%s/step_%08ld", opt.out, run->step);
     if (strcmp(final, run->last_saved) == 0) return;
+    machine_download(m);
     CHECK(isfinite(gradient_norm(m->params_memory, m->table.num_params)), "the weights are not finite after update %ld; not saved. "
           "Last checkpoint: %s", run->step, run->last_saved[0] ? run->last_saved : "none");
     snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
@@ -2004,7 +2113,7 @@ double evaluate(Run *run) {
     for (uint64_t row = 0; row < rows && !stop_requested; row += (uint64_t)m->B) {
         int B = rows - row < (uint64_t)m->B ? (int)(rows - row) : m->B;
         counted += loader_rows(&run->val, row, B, &batch);
-        loss += model_loss(m, &batch, B, m->T, 0, EVALUATE);
+        loss += machine_loss(m, &batch, B, m->T);
     }
     batch_free(&batch);
     CHECK(counted > 0 || stop_requested, "%s holds no token to be judged on, only prompts", run->val.shards[0].path);
@@ -2032,27 +2141,6 @@ void print_samples(Run *run, int count) {
     }
 }
 
-// What "% of peak" refers to: floating-point operations per second of the micro-kernel on data in the L1 cache, on all threads. It is
-// within a few percent of what the processor can do at all. The best of ten short runs, in case other programs are busy.
-double measure_peak_flops(void) {
-    double flops = 0;
-    #pragma omp parallel reduction(+:flops)
-    {
-        float *a = thread_buffer(BUFFER_A, (size_t)MC * KC), *b = thread_buffer(BUFFER_B, (size_t)NC * KC);
-        float *c = thread_buffer(BUFFER_ROW, MR * NR);
-        double best = 0;
-        memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
-        for (int run = 0; run < 10; run++) {
-            double begin = now_s();
-            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
-            double rate = 2000.0 * 2 * MR * NR * KC / (now_s() - begin);
-            if (rate > best) best = rate;
-        }
-        flops += best;
-    }
-    return flops;
-}
-
 // Matrix multiplications of forward (2 per weight) and backward (4 per weight), and causal attention: 6 T NH HD a layer.
 size_t matmul_params(const Config *c) {
     return (size_t)c->L * ((size_t)(qkv_width(c) + c->NH * c->HD) * (size_t)c->C + 3 * (size_t)c->C * (size_t)c->I) +
@@ -2061,7 +2149,7 @@ size_t matmul_params(const Config *c) {
 double flops_per_token(const Config *c, int T) { return 6.0 * (double)matmul_params(c) + 6.0 * c->L * (double)T * c->NH * c->HD; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 12. Training
+// SECTION 13. Training
 
 const Preset *find_preset(const char *name) {
     for (int i = 0; i < NUM_PRESETS; i++) if (strcmp(PRESETS[i].name, name) == 0) return &PRESETS[i];
@@ -2084,7 +2172,7 @@ Config config_of_model(const char *model, const char **checkpoint) {
 void make_default_data(void) {
     if (file_exists(DEFAULT_DATA "/train.bin")) return;
     CHECK(file_exists("Makefile") && file_exists("dev/data/tiny_baike"),
-          "there is no %s here; run ./train_qwen in its source directory, or name your data with --data", DEFAULT_DATA);
+          "there is no %s here; run ./" PROGRAM " in its source directory, or name your data with --data", DEFAULT_DATA);
     printf("no %s yet: making it (make tiny_baike)\n", DEFAULT_DATA);
     fflush(stdout);
     CHECK(system("make -s tiny_baike") == 0 && file_exists(DEFAULT_DATA "/train.bin"), "'make tiny_baike' failed; its message is above");
@@ -2162,13 +2250,10 @@ void resume_paths(const char *checkpoint) {
 
 // More than the machine's memory is refused at once, not killed later.
 void check_memory(const Config *c) {
-    TensorTable table = tensor_table(c);
-    size_t activations = activations_floats(c, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute, true);
-    double bytes = 4.0 * (4 * (double)table.num_params + (double)activations);
-    double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    MemoryPlan plan = machine_plan(c, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute);
+    double bytes = plan.weights + plan.gradients + plan.moments + plan.activations, machine = machine_memory();
     CHECK(machine <= 0 || bytes < machine, "this run needs %.1f GB, the machine has %.1f; a smaller --batch or --seq, --recompute 2 or "
-          "a smaller model needs less (./train_qwen info)", bytes * 1e-9, machine * 1e-9);
-    free(table.list);
+          "a smaller model needs less (./" PROGRAM " info)", bytes * 1e-9, machine * 1e-9);
 }
 
 // Opens data, tokenizer and model; allocates; initialises, loads or resumes. Whatever can be refused is refused before memory is taken.
@@ -2200,9 +2285,10 @@ void run_open(Run *run) {
     model_alloc(m, &config);
     if (checkpoint) model_load(m, checkpoint);
     else init_params(m->params_memory, &config, &m->table, (uint64_t)opt.seed);
-    model_alloc_run(m, (int)opt.batch, (int)opt.seq, (int)opt.seq, (Recompute)opt.recompute, TRAIN);
+    model_alloc_moments(m);
     if (opt.resume) resume_checkpoint(run, checkpoint);
     CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
+    machine_open(m, (int)opt.batch, (int)opt.seq, (int)(opt.batch * opt.accum), (int)opt.seq, (Recompute)opt.recompute, TRAIN);
 }
 
 // Two runs in one directory would destroy each other, so a run holds a lock on it, which the system releases when it ends.
@@ -2245,10 +2331,6 @@ const char *count_text(uint64_t count) {                         // 12345, 1.23M
 void print_run(const Run *run) {
     const Config *c = &run->model.config;
     const Loader *l = &run->train;
-    int threads = 1;
-#ifdef _OPENMP
-    threads = omp_get_max_threads();
-#endif
     printf("model     %s: %d layers, width %d, %d/%d heads x %d, MLP %d, vocabulary %d: %.1fM parameters\n", opt.model, c->L, c->C,
            c->NH, c->NKV, c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
     printf("data      %s: %s tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, count_text(l->num_tokens), l->num_shards,
@@ -2257,13 +2339,7 @@ void print_run(const Run *run) {
     if (run->has_val) printf("; validation %s tokens", count_text(run->val.num_tokens));
     printf("\nupdates   %ld of %ld tokens (--accum %ld x --batch %ld x --seq %ld); rate %g %s, warm-up %ld\n", run->steps,
            opt.accum * opt.batch * opt.seq, opt.accum, opt.batch, opt.seq, opt.lr, SCHEDULE_NAMES[opt.schedule], opt.warmup);
-    printf("machine   %d thread%s, vectors of %d floats%s\n\n", threads, threads == 1 ? "" : "s", VL,
-#ifdef _OPENMP
-           ""
-#else
-           "; built without OpenMP"
-#endif
-    );
+    printf("machine   %s\n\n", machine_text());
 }
 
 const char *time_text(double seconds) {
@@ -2274,28 +2350,22 @@ const char *time_text(double seconds) {
     return text;
 }
 
-// One update: forward and backward of all micro-batches, clip, AdamW. The loss of a target counts the same in whatever micro-batch it
-// is: it is divided by the number of targets of the whole update. An update without any target changes nothing.
+// One update. Without any target it changes nothing.
 typedef struct { double loss, norm, lr, targets; } StepResult;
 StepResult train_step(Run *run, const Batch *update) {
     Model *m = &run->model;
     StepResult r = {};
-    int micro_rows = (int)opt.batch, rows = micro_rows * (int)opt.accum;
+    int rows = m->B * (int)opt.accum;
     r.targets = loader_rows(&run->train, run->position, rows, update);
     r.lr = learning_rate((Schedule)opt.schedule, run->step + 1, run->steps, opt.warmup, opt.lr, opt.min_lr);
-    for (int i = 0; i < rows && r.targets > 0; i += micro_rows) {
-        size_t at = (size_t)i * (size_t)m->T;
-        Batch micro = {update->tokens + at, update->targets + at, update->start + at, update->weights + at};
-        r.loss += model_loss(m, &micro, micro_rows, m->T, (float)(1.0 / r.targets), TRAIN) / r.targets;
-    }
-    r.norm = gradient_norm(m->grads_memory, m->table.num_params);
+    AdamW adamw = {(float)r.lr, (float)opt.beta1, (float)opt.beta2, (float)opt.eps, (float)opt.weight_decay};
+    Update u = {};
+    if (r.targets > 0) u = machine_update(m, update, rows, r.targets, &adamw, opt.clip, run->step + 1);
+    r.loss = u.loss, r.norm = u.norm;
     if (!isfinite(r.loss) || !isfinite(r.norm))
         DIE("update %ld: the loss is %g and the gradient's norm %g, at row %" PRIu64 " of the data; stopped before they reach the weights. "
             "Last checkpoint: %s. Try a lower --lr, or look at the data there", run->step + 1, r.loss, r.norm, run->position,
             run->last_saved[0] ? run->last_saved : "none");
-    AdamW adamw = {(float)r.lr, (float)opt.beta1, (float)opt.beta2, (float)opt.eps, (float)opt.weight_decay};
-    float scale = opt.clip > 0 && r.norm > opt.clip ? (float)(opt.clip / (r.norm + 1e-6)) : 1.0f;
-    if (r.targets > 0) adamw_step(m, &adamw, scale, run->step + 1);
     run->step++;
     run->position += (uint64_t)rows;
     return r;
@@ -2349,9 +2419,9 @@ void print_farewell(const Run *run, double seconds) {
     printf("\n%s in all, %.0f MB of memory at most. Try next:\n", time_text(seconds), memory_mb);
     if (run->step < run->steps) printf("  the same command with --resume                        # go on where this run stopped\n");
     const char *prompt = opt.task == TASK_SFT ? "$'<|im_start|>user\\n你好！<|im_end|>\\n<|im_start|>assistant\\n'" : "\"长江\"";
-    printf("  ./train_qwen generate --model %s --prompt %s        # continue a text of yours\n", opt.out, prompt);
+    printf("  ./" PROGRAM " generate --model %s --prompt %s        # continue a text of yours\n", opt.out, prompt);
     if (strcmp(opt.data, DEFAULT_DATA) == 0)
-        printf("  ./train_qwen --epochs 4 --out longer                  # train longer: the facts come later than the grammar\n");
+        printf("  ./" PROGRAM " --epochs 4 --out longer                  # train longer: the facts come later than the grammar\n");
     if (strcmp(opt.data, DEFAULT_DATA) == 0)
         printf("  ./prepare --out data/mine my_texts.jsonl              # token files of your own texts, then --data data/mine\n");
 }
@@ -2363,7 +2433,7 @@ void train(void) {
     run->log = log_open(opt.out, run->step);
     print_run(run);
     signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
-    double peak = measure_peak_flops(), begin = now_s();
+    double peak = machine_peak_flops(), begin = now_s();
     long first = run->step;
     Batch update;
     batch_alloc(&update, (int)(opt.batch * opt.accum), (int)opt.seq);
@@ -2386,7 +2456,7 @@ void train(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 13. info, generate, main
+// SECTION 14. info, generate, main
 
 void print_info(void) {
     const char *checkpoint;
@@ -2397,10 +2467,9 @@ void print_info(void) {
     int B = (int)opt.batch, T = (int)opt.seq;
     CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
     TensorTable table = tensor_table(&c);
-    double parameters = 4.0 * (double)table.num_params, flops = flops_per_token(&c, T);
-    double activations[3];
-    for (int level = 0; level < 3; level++) activations[level] = 4.0 * (double)activations_floats(&c, B, T, (Recompute)level, true);
-    double total = 4 * parameters + activations[opt.recompute];
+    double flops = flops_per_token(&c, T);
+    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute);
+    double fixed = plan.weights + plan.gradients + plan.moments;
     if (opt.json) {
         printf("{\"model\":");
         json_write_string(stdout, opt.model, strlen(opt.model));
@@ -2408,7 +2477,7 @@ void print_info(void) {
                table.num_params, flops, B, T, opt.recompute);
         printf("\"parameters_bytes\":%.0f,\"gradients_bytes\":%.0f,\"optimizer_bytes\":%.0f,"
                "\"activations_bytes\":%.0f,\"total_bytes\":%.0f}\n",
-               parameters, parameters, 2 * parameters, activations[opt.recompute], total);
+               plan.weights, plan.gradients, plan.moments, plan.activations, fixed + plan.activations);
         return;
     }
     printf("%s\n\n  %-46s %-16s %12s  %s\n", opt.model, "tensor", "shape", "parameters", "decay");
@@ -2424,11 +2493,14 @@ void print_info(void) {
     printf(
         "FLOPs per token   %.4g  (forward and backward at --seq %d: 6 x %zu weights in matrices + attention 6 x %d x %d x %d x %d)\n",
         flops, T, matmul_params(&c), c.L, T, c.NH, c.HD);
-    printf("\nmemory of ./train_qwen (fp32) at --batch %d --seq %d, GB\n", B, T);
-    printf("  parameters  %8.3f    gradients  %8.3f    AdamW's m and v  %8.3f\n", parameters / 1e9, parameters / 1e9, 2 * parameters / 1e9);
-    for (int level = 0; level < 3; level++)
-        printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations[level] / 1e9, level,
-               (4 * parameters + activations[level]) / 1e9, level == opt.recompute ? "   <- chosen" : "");
+    printf("\nmemory of ./" PROGRAM " (" PRECISION ") at --batch %d --seq %d, GB\n", B, T);
+    printf("  weights     %8.3f    gradients  %8.3f    AdamW's m and v  %8.3f\n", plan.weights / 1e9, plan.gradients / 1e9,
+           plan.moments / 1e9);
+    for (int level = 0; level < 3; level++) {
+        double activations = machine_plan(&c, B, T, (Recompute)level).activations;
+        printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations / 1e9, level, (fixed + activations) / 1e9,
+               level == opt.recompute ? "   <- chosen" : "");
+    }
     free(table.list);
 }
 
@@ -2462,7 +2534,7 @@ void generate_text(void) {
     }
     CHECK(list.count < (size_t)max_T, "the prompt has %zu tokens, the model has %d positions", list.count, max_T);
     int positions = count + opt.max_tokens < max_T ? count + (int)opt.max_tokens : max_T;
-    model_alloc_run(&m, 1, positions < PROMPT_CHUNK ? positions : PROMPT_CHUNK, positions, RECOMPUTE_LAYERS, EVALUATE);
+    machine_open(&m, 1, positions < PROMPT_CHUNK ? positions : PROMPT_CHUNK, 1, positions, RECOMPUTE_LAYERS, EVALUATE);
     Sampler sampler = {opt.temperature, opt.top_p, opt.top_k, opt.greedy};
     Printer printer = {tokenizer, {}, stdout};
     if (opt.ids) generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_id, stdout);
@@ -2474,10 +2546,10 @@ void generate_text(void) {
 }
 
 void print_help(void) {
-    printf("train_qwen trains Qwen language models.\n\n"
-           "  ./train_qwen [train] [options]     train; without options a small model on a Chinese corpus, about 3 minutes\n"
-           "  ./train_qwen generate [options]    continue a text with a trained model\n"
-           "  ./train_qwen info [options]        parameters, FLOPs, memory\n\nOptions of train (defaults in brackets):\n");
+    printf(PROGRAM " trains Qwen language models.\n\n"
+           "  ./" PROGRAM " [train] [options]     train; without options a small model on a Chinese corpus\n"
+           "  ./" PROGRAM " generate [options]    continue a text with a trained model\n"
+           "  ./" PROGRAM " info [options]        parameters, FLOPs, memory\n\nOptions of train (defaults in brackets):\n");
     print_options(OPTIONS, COMMAND_TRAIN);
     printf("\nOptions of generate:\n");
     print_options(OPTIONS, COMMAND_GENERATE);

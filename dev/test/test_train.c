@@ -130,7 +130,7 @@ void test_greedy(const char *family) {
         Model m = {};
         model_load(&m, directory);
         model_alloc_run(&m, 1, 3, 16, RECOMPUTE_LAYERS, EVALUATE);
-        KVCache cache = cache_alloc(&m.config, 16);
+        KVCache cache = cache_alloc(m.config.L, m.config.NKV, m.config.HD, 16);
         int tokens[5], equal = 0;
         for (int i = 0; i < 5; i++) tokens[i] = (int)prompt[i];
         float *logits = model_decode(&m, &cache, tokens, split);

@@ -4,52 +4,15 @@
 #define QWEN_NO_MAIN
 #include "../../train_qwen.c"
 #include "test.h"
+#include "fixtures.h"
 
-#define FIXTURES "dev/test/fixtures"
 static const double TOLERANCE = 1e-5;        // fp32 sums of some hundred terms in another order than PyTorch's: about 1e-6 is seen
 
 // ---------------------------------------------------------------------------------------------------------------------
 // PyTorch's numbers
 
-float *expected(StoredTensors *s, const char *name, size_t count) {
-    StoredTensor *t = safetensors_find(s, name);
-    CHECK(t && t->elements == count, "the fixture lacks %s with %zu elements", name, count);
-    float *values = (float *)xmalloc(count * sizeof(float));
-    t->taken = 0;
-    read_elements(t, values, count);
-    return values;
-}
-float expected_number(StoredTensors *s, const char *name) {
-    float *value = expected(s, name, 1), number = value[0];
-    free(value);
-    return number;
-}
-
-// A batch of the fixture. masked: with its document starts and weights.
-Batch expected_batch(StoredTensors *s, int B, int T, bool masked) {
-    Batch b;
-    batch_alloc(&b, B, T);
-    size_t n = (size_t)B * (size_t)T;
-    float *tokens = expected(s, "tokens", n), *targets = expected(s, "targets", n), *start = expected(s, "start", n), *weights = expected(s, "weights", n);
-    for (size_t i = 0; i < n; i++) {
-        b.tokens[i] = (int)tokens[i], b.targets[i] = (int)targets[i];
-        b.start[i] = masked ? (int)start[i] : 0, b.weights[i] = masked ? weights[i] : 1.0f;
-    }
-    free(tokens), free(targets), free(start), free(weights);
-    return b;
-}
-
-double sum_weights(const Batch *b, int n) {
-    double sum = 0;
-    for (int i = 0; i < n; i++) sum += (double)b->weights[i];
-    return sum;
-}
-
-// The gradients of a v1 fixture are stored under v1 names, fused: compare slice by slice as load_tensors reads them.
 void check_tensors(const char *what, StoredTensors *s, const Model *m, const float *memory, const char *prefix, bool v1) {
-    float *wanted = (float *)xmalloc(m->table.num_params * sizeof(float));
-    for (int i = 0; i < s->count; i++) s->list[i].taken = 0;
-    load_tensors(s, what, &m->table, wanted, prefix, v1);
+    float *wanted = expected_tensors(s, what, m, prefix, v1);
     double worst = 0;
     const char *worst_name = "";
     for (int k = 0; k < m->table.count; k++) {

@@ -531,6 +531,7 @@ __device__ float dot_row(const float *a, const floatX *b, int HD) {
 
 // sums[i] += sum_j weights[j] rows[j][channel lane + 32 i]
 __device__ void add_rows(float (&sums)[LANE_CHANNELS], const float *weights, const floatX *rows, size_t stride, int count, int HD) {
+    #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; i++) {
         int c = threadIdx.x % WARP + i * WARP;
         if (c < HD) for (int j = 0; j < count; j++) sums[i] += weights[j] * to_float(rows[j * stride + c]);
@@ -538,6 +539,7 @@ __device__ void add_rows(float (&sums)[LANE_CHANNELS], const float *weights, con
 }
 
 __device__ void write_row(floatX *to, const float (&sums)[LANE_CHANNELS], float scale, int HD) {
+    #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; i++) {
         int c = threadIdx.x % WARP + i * WARP;
         if (c < HD) to[c] = to_floatX(sums[i] * scale);
@@ -546,22 +548,23 @@ __device__ void write_row(floatX *to, const float (&sums)[LANE_CHANNELS], float 
 
 __global__ void attention_forward_rows_kernel(floatX *att, float *lse, const floatX *q, const floatX *k, const floatX *v,
                                               const int *start, int T, int past, int NH, int NKV, int HD, int q_stride, int kv_stride) {
-    __shared__ float queries[ROW_WARPS][MAX_HEAD];
+    __shared__ float q_rows[ROW_WARPS][MAX_HEAD];
     __shared__ float weights[ROW_WARPS][WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int t = blockIdx.x * ROW_WARPS + warp, h = blockIdx.y, b = blockIdx.z;
     if (t >= T) return;                                          // the whole warp; warps do not wait for each other
     size_t row = (size_t)b * T + t, kv = (size_t)b * (past + T) * kv_stride + h / (NH / NKV) * HD;
-    share_row(queries[warp], q + row * q_stride + h * HD, HD);
+    share_row(q_rows[warp], q + row * q_stride + h * HD, HD);
     float scale = 1.0f / sqrtf((float)HD), largest = -INFINITY, sum = 0, out[LANE_CHANNELS] = {};
     for (int j0 = start ? start[row] : 0; j0 <= past + t; j0 += WARP) {
         int j = j0 + lane, count = min(WARP, past + t + 1 - j0);
-        float score = lane < count ? scale * dot_row(queries[warp], k + kv + (size_t)j * kv_stride, HD) : -INFINITY;
+        float score = lane < count ? scale * dot_row(q_rows[warp], k + kv + (size_t)j * kv_stride, HD) : -INFINITY;
         float new_largest = fmaxf(largest, warp_max(score)), rescale = expf(largest - new_largest);
         float p = expf(score - new_largest);
         weights[warp][lane] = p;
         __syncwarp();
         sum = sum * rescale + p;
+        #pragma unroll
         for (int i = 0; i < LANE_CHANNELS; i++) out[i] *= rescale;
         add_rows(out, weights[warp], v + kv + (size_t)j0 * kv_stride, kv_stride, count, HD);
         __syncwarp();
@@ -576,18 +579,18 @@ __global__ void attention_forward_rows_kernel(floatX *att, float *lse, const flo
 __global__ void attention_dq_rows_kernel(floatX *dq, float *delta, const floatX *datt, const floatX *att, const float *lse,
                                          const floatX *q, const floatX *k, const floatX *v, const int *start,
                                          int T, int NH, int NKV, int HD, int stride) {
-    __shared__ float queries[ROW_WARPS][MAX_HEAD];
-    __shared__ float dattentions[ROW_WARPS][MAX_HEAD];
+    __shared__ float q_rows[ROW_WARPS][MAX_HEAD];
+    __shared__ float datt_rows[ROW_WARPS][MAX_HEAD];
     __shared__ float weights[ROW_WARPS][WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     int t = blockIdx.x * ROW_WARPS + warp, h = blockIdx.y, b = blockIdx.z;
     if (t >= T) return;
     size_t row = (size_t)b * T + t, kv = (size_t)b * T * stride + h / (NH / NKV) * HD, out_row = row * NH * HD + h * HD;
     size_t statistic = ((size_t)b * NH + h) * T + t;
-    share_row(queries[warp], q + row * stride + h * HD, HD);
-    share_row(dattentions[warp], datt + out_row, HD);
+    share_row(q_rows[warp], q + row * stride + h * HD, HD);
+    share_row(datt_rows[warp], datt + out_row, HD);
     float back = 0;
-    for (int c = lane; c < HD; c += WARP) back += dattentions[warp][c] * to_float(att[out_row + c]);
+    for (int c = lane; c < HD; c += WARP) back += datt_rows[warp][c] * to_float(att[out_row + c]);
     back = warp_sum(back);
     if (lane == 0) delta[statistic] = back;
     float scale = 1.0f / sqrtf((float)HD), dquery[LANE_CHANNELS] = {};
@@ -595,8 +598,8 @@ __global__ void attention_dq_rows_kernel(floatX *dq, float *delta, const floatX 
         int count = min(WARP, t + 1 - j0);
         size_t key = kv + (size_t)(j0 + lane) * stride;
         if (lane < count) {
-            float p = expf(scale * dot_row(queries[warp], k + key, HD) - lse[statistic]);
-            weights[warp][lane] = p * (dot_row(dattentions[warp], v + key, HD) - back);
+            float p = expf(scale * dot_row(q_rows[warp], k + key, HD) - lse[statistic]);
+            weights[warp][lane] = p * (dot_row(datt_rows[warp], v + key, HD) - back);
         }
         __syncwarp();
         add_rows(dquery, weights[warp], k + kv + (size_t)j0 * stride, stride, count, HD);
@@ -609,16 +612,16 @@ __global__ void attention_dq_rows_kernel(floatX *dq, float *delta, const floatX 
 __global__ void attention_dkv_rows_kernel(floatX *dk, floatX *dv, const floatX *datt, const float *lse, const float *delta,
                                           const floatX *q, const floatX *k, const floatX *v, const int *start,
                                           int T, int NH, int NKV, int HD, int stride) {
-    __shared__ float keys[ROW_WARPS][MAX_HEAD];
-    __shared__ float values[ROW_WARPS][MAX_HEAD];
+    __shared__ float k_rows[ROW_WARPS][MAX_HEAD];
+    __shared__ float v_rows[ROW_WARPS][MAX_HEAD];
     __shared__ float weights[ROW_WARPS][WARP];
     __shared__ float dscores[ROW_WARPS][WARP];
     int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, group = NH / NKV;
     int j = blockIdx.x * ROW_WARPS + warp, g = blockIdx.y, b = blockIdx.z;
     if (j >= T) return;
     size_t kv = ((size_t)b * T + j) * stride + g * HD;
-    share_row(keys[warp], k + kv, HD);
-    share_row(values[warp], v + kv, HD);
+    share_row(k_rows[warp], k + kv, HD);
+    share_row(v_rows[warp], v + kv, HD);
     float scale = 1.0f / sqrtf((float)HD), dkey[LANE_CHANNELS] = {}, dvalue[LANE_CHANNELS] = {};
     int end = queries_end(start ? start + (size_t)b * T : NULL, T, j);
     for (int h = g * group; h < (g + 1) * group; h++)
@@ -626,9 +629,9 @@ __global__ void attention_dkv_rows_kernel(floatX *dk, floatX *dv, const floatX *
             int t = t0 + lane, count = min(WARP, end - t0);
             size_t row = (size_t)b * T + t, row0 = (size_t)b * T + t0, statistic = ((size_t)b * NH + h) * T + t;
             if (lane < count) {
-                float p = expf(scale * dot_row(keys[warp], q + row * stride + h * HD, HD) - lse[statistic]);
+                float p = expf(scale * dot_row(k_rows[warp], q + row * stride + h * HD, HD) - lse[statistic]);
                 weights[warp][lane] = p;
-                dscores[warp][lane] = p * (dot_row(values[warp], datt + (row * NH + h) * HD, HD) - delta[statistic]);
+                dscores[warp][lane] = p * (dot_row(v_rows[warp], datt + (row * NH + h) * HD, HD) - delta[statistic]);
             }
             __syncwarp();
             add_rows(dvalue, weights[warp], datt + (row0 * NH + h) * HD, (size_t)NH * HD, count, HD);
@@ -640,7 +643,7 @@ __global__ void attention_dkv_rows_kernel(floatX *dk, floatX *dv, const floatX *
 }
 
 #ifndef QWEN_FP32
-// ---- tiles of 64 rows, four warps, 16 rows a warp; products on tensor cores.
+// ---- tiles of 64 rows: four warps, 16 rows a warp, products on tensor cores.
 // mma_m16n8k16 is D (16, 8) += A (16, 16) B (16, 8) by one warp, the matrices spread over its lanes. With g = lane / 4, t = lane % 4,
 // a lane holds (a and b are registers of two bf16 that are neighbours along the summed dimension, d are floats):
 //
@@ -651,22 +654,25 @@ __global__ void attention_dkv_rows_kernel(floatX *dk, floatX *dv, const floatX *
 // Two facts carry all that follows. (1) Two D side by side are spread like one A: d[0], d[1] of the left one are its a[0], d[2], d[3]
 // its a[1], the right one gives a[2], a[3]. So scores, rounded to bf16, enter the next product without leaving their registers.
 // (2) ldmatrix gives lane (g, t) elements 2t, 2t+1 of row g of an 8x8 matrix in shared memory, for four matrices at once. Rows of
-// memory can so be rows of A or columns of B; with _trans rows of memory are rows of B.
+// memory can so be rows of A or columns of B; with _trans, rows of memory are rows of B.
+// Arrays of fragments: a[k] is A's columns 16 k .. 16 k + 15, d[n] is D's columns 8 n .. 8 n + 7.
 //
-// A tile in shared memory has HD + 8 elements a row: the 16-byte pieces of 8 consecutive rows then lie in 8 different groups of banks.
+// A row of a tile in shared memory is HD + 8 elements long: 16-byte pieces of 8 consecutive rows then lie in 8 different groups of banks.
 const int TILE = 64, TILE_THREADS = 128;
-__host__ __device__ constexpr int tile_elements(int rows, int HD) { return rows * (HD + 8); }
+__host__ __device__ constexpr int tile_size(int rows, int HD) { return rows * (HD + 8); }
 
-// Starts to copy `rows` rows, of which only the first `valid` exist, into a tile; the others become zeros.
-template <int HD>
-__device__ void fetch_tile(floatX *tile, const floatX *from, int stride, int rows, int valid) {
-    for (int i = threadIdx.x; i < rows * (HD / 8); i += TILE_THREADS) {
-        int row = i / (HD / 8), c = i % (HD / 8) * 8;
+// Starts to copy ROWS rows into a tile. Only the first `valid` of them exist, the others become zeros.
+template <int HD, int ROWS>
+__device__ void fetch_tile(floatX *tile, const floatX *from, int stride, int valid) {
+    #pragma unroll 2
+    for (int i = 0; i < ROWS * (HD / 8) / TILE_THREADS; i++) {
+        int piece = i * TILE_THREADS + threadIdx.x, row = piece / (HD / 8), c = piece % (HD / 8) * 8;
         bool exists = row < valid;
-        cp_async_16(tile + row * (HD + 8) + c, from + (exists ? (size_t)row * stride + c : 0), exists);
+        cp_async_16(tile + tile_size(row, HD) + c, from + (exists ? (size_t)row * stride + c : 0), exists);
     }
 }
 
+// Two bf16 in one register, the lower in front.
 __device__ uint32_t pack_bf16(float low, float high) {
     __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     uint32_t bits;
@@ -676,25 +682,35 @@ __device__ uint32_t pack_bf16(float low, float high) {
 __device__ float low_bf16(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ float high_bf16(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// 16 rows as A, from global memory: `rows` is the first one, of which only `valid` exist (others are zeros).
-template <int K16>
-__device__ void load_a_global(uint32_t (&a)[K16][4], const floatX *rows, int stride, int valid) {
-    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
-    #pragma unroll
-    for (int k = 0; k < K16; k++)
-        #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            int row = g + i % 2 * 8, c = k * 16 + i / 2 * 8 + 2 * t;
-            a[k][i] = row < valid ? *(const uint32_t *)(rows + (size_t)row * stride + c) : 0;
-        }
-}
-
 // 16 rows as A, from a tile.
 template <int K16>
 __device__ void load_a(uint32_t (&a)[K16][4], const floatX *rows) {
     int lane = threadIdx.x % WARP;
     #pragma unroll
-    for (int k = 0; k < K16; k++) ldmatrix_x4(a[k], rows + lane % 16 * (K16 * 16 + 8) + k * 16 + lane / 16 * 8);
+    for (int k = 0; k < K16; k++) ldmatrix_x4(a[k], rows + tile_size(lane % 16, K16 * 16) + k * 16 + lane / 16 * 8);
+}
+
+// 16 rows as A, from global memory; only the first `valid` of them exist, the others are zeros.
+template <int K16>
+__device__ void load_a(uint32_t (&a)[K16][4], const floatX *rows, int stride, int valid) {
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    #pragma unroll
+    for (int i = 0; i < K16 * 4; i++) {
+        int row = g + i % 2 * 8, c = i / 2 * 8 + 2 * t;
+        a[i / 4][i % 4] = row < valid ? *(const uint32_t *)(rows + (size_t)row * stride + c) : 0;
+    }
+}
+
+// Writes 16 rows, of which only the first `valid` exist: row g of d times scale, row g + 8 times scale_8.
+template <int HD8>
+__device__ void write_d(floatX *rows, int stride, const float (&d)[HD8][4], float scale, float scale_8, int valid) {
+    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+    #pragma unroll
+    for (int n = 0; n < HD8; n++) {
+        floatX *to = rows + (size_t)g * stride + n * 8 + 2 * t;
+        if (g < valid) *(uint32_t *)to = pack_bf16(d[n][0] * scale, d[n][1] * scale);
+        if (g + 8 < valid) *(uint32_t *)(to + (size_t)8 * stride) = pack_bf16(d[n][2] * scale_8, d[n][3] * scale_8);
+    }
 }
 
 // d (16, 8 N8) += a (16, HD) tile^T, the tile having 8 N8 rows
@@ -705,50 +721,42 @@ __device__ void multiply_transposed(float (&d)[N8][4], const uint32_t (&a)[K16][
     for (int k = 0; k < K16; k++)
         #pragma unroll
         for (int n = 0; n < N8; n += 2) {
-            uint32_t b[4];                                       // k 0-7 and 8-15 of rows 0-7, the same of rows 8-15
-            ldmatrix_x4(b, tile + (n * 8 + lane / 16 * 8 + lane % 8) * (K16 * 16 + 8) + k * 16 + lane / 8 % 2 * 8);
-            const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-            mma_m16n8k16(d[n], a[k], left);
-            mma_m16n8k16(d[n + 1], a[k], right);
+            uint32_t b[4];                                       // k 0-7 and 8-15 of rows 0-7, then the same of rows 8-15
+            ldmatrix_x4(b, tile + tile_size(n * 8 + lane / 16 * 8 + lane % 8, K16 * 16) + k * 16 + lane / 8 % 2 * 8);
+            mma_m16n8k16(d[n], a[k], {b[0], b[1]});
+            mma_m16n8k16(d[n + 1], a[k], {b[2], b[3]});
         }
 }
 
-// d (16, HD) += a (16, 8 K8) tile, the tile having 8 K8 rows; a as it left an mma, see fact (1)
+// d (16, HD) += s (16, 8 K8) tile, the tile having 8 K8 rows; s is a D of before, by fact (1)
 template <int HD8, int K8>
-__device__ void multiply(float (&d)[HD8][4], const float (&a)[K8][4], const floatX *tile) {
+__device__ void multiply(float (&d)[HD8][4], const float (&s)[K8][4], const floatX *tile) {
     int lane = threadIdx.x % WARP;
     #pragma unroll
     for (int k = 0; k < K8; k += 2) {
-        const uint32_t packed[4] = {pack_bf16(a[k][0], a[k][1]), pack_bf16(a[k][2], a[k][3]),
-                                    pack_bf16(a[k + 1][0], a[k + 1][1]), pack_bf16(a[k + 1][2], a[k + 1][3])};
+        const uint32_t a[4] = {pack_bf16(s[k][0], s[k][1]), pack_bf16(s[k][2], s[k][3]),
+                               pack_bf16(s[k + 1][0], s[k + 1][1]), pack_bf16(s[k + 1][2], s[k + 1][3])};
         #pragma unroll
         for (int n = 0; n < HD8; n += 2) {
-            uint32_t b[4];                                       // rows 0-7 and 8-15 of channels 0-7, the same of channels 8-15
-            ldmatrix_x4_trans(b, tile + (k * 8 + lane % 16) * (HD8 * 8 + 8) + n * 8 + lane / 16 * 8);
-            const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-            mma_m16n8k16(d[n], packed, left);
-            mma_m16n8k16(d[n + 1], packed, right);
+            uint32_t b[4];                                       // rows 0-7 and 8-15 of channels 0-7, then of channels 8-15
+            ldmatrix_x4_trans(b, tile + tile_size(k * 8 + lane % 16, HD8 * 8) + n * 8 + lane / 16 * 8);
+            mma_m16n8k16(d[n], a, {b[0], b[1]});
+            mma_m16n8k16(d[n + 1], a, {b[2], b[3]});
         }
     }
 }
 
-// Writes the `valid` first of 16 rows of d, row g of a lane times scale[0], row g + 8 times scale[1].
-template <int HD8>
-__device__ void write_tile(floatX *to, int stride, const float (&d)[HD8][4], const float (&scale)[2], int valid) {
-    int g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
+// Scores that a lane's two rows of queries do not see, with keys first_key ..., become -infinity: their exp is 0.
+template <int N8>
+__device__ void hide_keys(float (&s)[N8][4], int first_key, const int (&from)[2], const int (&to)[2]) {
     #pragma unroll
-    for (int n = 0; n < HD8; n++)
-        #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (g + i * 8 < valid)
-                *(uint32_t *)(to + (size_t)(g + i * 8) * stride + n * 8 + 2 * t) = pack_bf16(d[n][2 * i] * scale[i], d[n][2 * i + 1] * scale[i]);
+    for (int i = 0; i < N8 * 4; i++) {
+        int j = first_key + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2, row = i / 2 % 2;
+        if (j < from[row] || j > to[row]) s[i / 4][i % 4] = -INFINITY;
+    }
 }
 
-// A row of D lies in the four lanes of one g.
-__device__ float quad_sum(float x) { x += __shfl_xor_sync(~0u, x, 1); return x + __shfl_xor_sync(~0u, x, 2); }
-__device__ float quad_max(float x) { x = fmaxf(x, __shfl_xor_sync(~0u, x, 1)); return fmaxf(x, __shfl_xor_sync(~0u, x, 2)); }
-
-const float LOG2_E = 1.44269504f;                                // exp(x) = exp2f(x * LOG2_E), and exp2f is one instruction
+const float LOG2_E = 1.44269504f;                                // exp(x) = exp2f(x * LOG2_E): the hardware has exp2
 
 // One block: 64 queries of one head. K and V have two places each in shared memory: while the warps work on one tile, the next comes.
 // The one barrier of a turn says both that all copies of this tile have arrived and that the tile before may be overwritten.
@@ -758,54 +766,43 @@ attention_forward_tiles_kernel(floatX *att, float *lse, const floatX *q, const f
                                int T, int past, int NH, int NKV, int q_stride, int kv_stride) {
     extern __shared__ __align__(16) floatX tiles[];              // [2][K, V]
     int t0 = (gridDim.x - 1 - blockIdx.x) * TILE, h = blockIdx.y, b = blockIdx.z;              // the longest rows first
-    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, column = threadIdx.x % 4 * 2;
-    int first_row = t0 + warp * 16, last = min(t0 + TILE, T) - 1, keys = past + T;
-    size_t batch_row = (size_t)b * T;
-    k += (size_t)b * keys * kv_stride + h / (NH / NKV) * HD;
-    v += (size_t)b * keys * kv_stride + h / (NH / NKV) * HD;
+    int first_row = t0 + threadIdx.x / WARP * 16, last = min(t0 + TILE, T) - 1, g = threadIdx.x % WARP / 4;
+    size_t batch_row = (size_t)b * T, kv = (size_t)b * (past + T) * kv_stride + h / (NH / NKV) * HD;
     auto fetch = [&](int tile) {
-        floatX *to = tiles + tile % 2 * 2 * tile_elements(TILE, HD);
-        size_t from = (size_t)tile * TILE * kv_stride;
-        fetch_tile<HD>(to, k + from, kv_stride, TILE, keys - tile * TILE);
-        fetch_tile<HD>(to + tile_elements(TILE, HD), v + from, kv_stride, TILE, keys - tile * TILE);
+        floatX *to = tiles + tile % 2 * 2 * tile_size(TILE, HD);
+        size_t from = kv + (size_t)tile * TILE * kv_stride;
+        fetch_tile<HD, TILE>(to, k + from, kv_stride, past + T - tile * TILE);
+        fetch_tile<HD, TILE>(to + tile_size(TILE, HD), v + from, kv_stride, past + T - tile * TILE);
         cp_async_commit();
     };
     int first_tile = start ? start[batch_row + t0] / TILE : 0, last_tile = (past + last) / TILE;
     fetch(first_tile);
 
-    uint32_t queries[HD / 16][4];
-    load_a_global(queries, q + (batch_row + first_row) * q_stride + h * HD, q_stride, T - first_row);
+    uint32_t q_rows[HD / 16][4];
+    load_a(q_rows, q + (batch_row + first_row) * q_stride + h * HD, q_stride, T - first_row);
     int from[2], to[2];                                          // the keys that the lane's two rows see; rows after T do as the last
     for (int i = 0; i < 2; i++) {
         int t = min(first_row + g + i * 8, T - 1);
         from[i] = start ? start[batch_row + t] : 0;
         to[i] = past + t;
     }
-    int seen_by_all = start ? start[batch_row + last] : 0;       // keys seen_by_all .. past + t0 need no mask
+    int seen_by_all = start ? start[batch_row + last] : 0;       // keys seen_by_all .. past + t0 are not masked for any row
     float out[HD / 8][4] = {}, largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, scale = LOG2_E / sqrtf((float)HD);
     for (int tile = first_tile; tile <= last_tile; tile++) {
         cp_async_wait<0>();
         __syncthreads();
         if (tile < last_tile) fetch(tile + 1);
-        const floatX *k_tile = tiles + tile % 2 * 2 * tile_elements(TILE, HD), *v_tile = k_tile + tile_elements(TILE, HD);
-        float s[TILE / 8][4] = {};
-        multiply_transposed(s, queries, k_tile);
-        int j0 = tile * TILE + column;
-        if (tile * TILE < seen_by_all || tile * TILE + TILE - 1 > past + t0)
-            #pragma unroll
-            for (int n = 0; n < TILE / 8; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int j = j0 + n * 8 + e % 2;
-                    if (j < from[e / 2] || j > to[e / 2]) s[n][e] = -INFINITY;
-                }
-        float shift[2];
+        const floatX *k_tile = tiles + tile % 2 * 2 * tile_size(TILE, HD), *v_tile = k_tile + tile_size(TILE, HD);
+        float s[TILE / 8][4] = {}, shift[2];
+        multiply_transposed(s, q_rows, k_tile);
+        if (tile * TILE < seen_by_all || tile * TILE + TILE - 1 > past + t0) hide_keys(s, tile * TILE, from, to);
         #pragma unroll
         for (int i = 0; i < 2; i++) {
             float new_largest = largest[i];
             #pragma unroll
             for (int n = 0; n < TILE / 8; n++) new_largest = fmaxf(new_largest, fmaxf(s[n][2 * i], s[n][2 * i + 1]));
-            new_largest = quad_max(new_largest);
+            new_largest = fmaxf(new_largest, __shfl_xor_sync(~0u, new_largest, 1));            // the row lies in four lanes
+            new_largest = fmaxf(new_largest, __shfl_xor_sync(~0u, new_largest, 2));
             shift[i] = new_largest == -INFINITY ? 0 : new_largest * scale;                     // a row that has seen no key yet
             float rescale = exp2f(largest[i] * scale - shift[i]);
             sum[i] *= rescale;
@@ -814,235 +811,206 @@ attention_forward_tiles_kernel(floatX *att, float *lse, const floatX *q, const f
             largest[i] = new_largest;
         }
         #pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-            #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                s[n][e] = exp2f(s[n][e] * scale - shift[e / 2]);
-                sum[e / 2] += s[n][e];
-            }
+        for (int i = 0; i < TILE / 2; i++) {
+            float &p = s[i / 4][i % 4];
+            p = exp2f(p * scale - shift[i / 2 % 2]);
+            sum[i / 2 % 2] += p;
+        }
         multiply(out, s, v_tile);
     }
-    float inverse[2];
     for (int i = 0; i < 2; i++) {
         int t = first_row + g + i * 8;
-        sum[i] = quad_sum(sum[i]);
-        inverse[i] = 1.0f / sum[i];
-        if (lse && column == 0 && t < T) lse[((size_t)b * NH + h) * T + t] = largest[i] / sqrtf((float)HD) + logf(sum[i]);
+        sum[i] = group_sum(sum[i], 4);
+        if (lse && threadIdx.x % 4 == 0 && t < T) lse[((size_t)b * NH + h) * T + t] = largest[i] / sqrtf((float)HD) + logf(sum[i]);
     }
-    write_tile(att + (batch_row + first_row) * NH * HD + h * HD, NH * HD, out, inverse, T - first_row);
+    write_d(att + (batch_row + first_row) * NH * HD + h * HD, NH * HD, out, 1 / sum[0], 1 / sum[1], T - first_row);
 }
 
-// In the backward the sums of both products start not at zero but at what is subtracted later: s = q k - lse sqrt(HD), so that
-// p = exp(s / sqrt(HD)), and ds = datt v - delta. A query after T gets s = -infinity, hence p = 0.
+// In the backward the first two products start not at zero but at what is to be subtracted from them: s = q k - lse sqrt(HD), so that
+// p = exp(s / sqrt(HD)), and ds = datt v - delta. A query after T has s = -infinity, hence p = 0.
 
-// One block: dq and delta of 64 queries of one head; else like the forward.
+// One block: dq and delta of 64 queries of one head; else as in the forward.
 template <int HD>
 __global__ void __launch_bounds__(TILE_THREADS)
 attention_dq_tiles_kernel(floatX *dq, float *delta, const floatX *datt, const floatX *att, const float *lse, const floatX *q,
                           const floatX *k, const floatX *v, const int *start, int T, int NH, int NKV, int stride) {
     extern __shared__ __align__(16) floatX tiles[];              // [2][K, V]
     int t0 = (gridDim.x - 1 - blockIdx.x) * TILE, h = blockIdx.y, b = blockIdx.z;
-    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, column = threadIdx.x % 4 * 2;
-    int first_row = t0 + warp * 16, last = min(t0 + TILE, T) - 1, valid = T - first_row;
-    size_t batch_row = (size_t)b * T, out_row = (batch_row + first_row) * NH * HD + h * HD, statistics = ((size_t)b * NH + h) * T;
-    k += batch_row * stride + h / (NH / NKV) * HD;
-    v += batch_row * stride + h / (NH / NKV) * HD;
+    int first_row = t0 + threadIdx.x / WARP * 16, last = min(t0 + TILE, T) - 1, valid = T - first_row;
+    size_t batch_row = (size_t)b * T, kv = batch_row * stride + h / (NH / NKV) * HD;
+    size_t out_row = (batch_row + first_row) * NH * HD + h * HD, q_row = (batch_row + first_row) * stride + h * HD;
     auto fetch = [&](int tile) {
-        floatX *to = tiles + tile % 2 * 2 * tile_elements(TILE, HD);
-        size_t from = (size_t)tile * TILE * stride;
-        fetch_tile<HD>(to, k + from, stride, TILE, T - tile * TILE);
-        fetch_tile<HD>(to + tile_elements(TILE, HD), v + from, stride, TILE, T - tile * TILE);
+        floatX *to = tiles + tile % 2 * 2 * tile_size(TILE, HD);
+        size_t from = kv + (size_t)tile * TILE * stride;
+        fetch_tile<HD, TILE>(to, k + from, stride, T - tile * TILE);
+        fetch_tile<HD, TILE>(to + tile_size(TILE, HD), v + from, stride, T - tile * TILE);
         cp_async_commit();
     };
     int first_tile = start ? start[batch_row + t0] / TILE : 0, last_tile = last / TILE;
     fetch(first_tile);
 
-    uint32_t queries[HD / 16][4], dattentions[HD / 16][4];
-    float back[2] = {0, 0};
-    load_a_global(queries, att + out_row, NH * HD, valid);       // att needs its registers only here
-    load_a_global(dattentions, datt + out_row, NH * HD, valid);
+    uint32_t q_rows[HD / 16][4], datt_rows[HD / 16][4];
+    float back[2] = {0, 0}, s_start[2], root = sqrtf((float)HD), scale = LOG2_E / root;
+    load_a(datt_rows, datt + out_row, NH * HD, valid);
+    load_a(q_rows, att + out_row, NH * HD, valid);               // att needs its registers only for delta
     #pragma unroll
-    for (int c = 0; c < HD / 16; c++)
-        #pragma unroll
-        for (int i = 0; i < 4; i++)
-            back[i % 2] += low_bf16(queries[c][i]) * low_bf16(dattentions[c][i]) + high_bf16(queries[c][i]) * high_bf16(dattentions[c][i]);
-    load_a_global(queries, q + (batch_row + first_row) * stride + h * HD, stride, valid);
-
+    for (int i = 0; i < HD / 4; i++) {
+        uint32_t x = q_rows[i / 4][i % 4], dx = datt_rows[i / 4][i % 4];
+        back[i % 2] += low_bf16(x) * low_bf16(dx) + high_bf16(x) * high_bf16(dx);
+    }
+    load_a(q_rows, q + q_row, stride, valid);
     int from[2], to[2];
-    float s_start[2], root = sqrtf((float)HD), scale = LOG2_E / root;
     for (int i = 0; i < 2; i++) {
-        int row = first_row + g + i * 8, t = min(row, T - 1);
-        from[i] = start ? start[batch_row + t] : 0;
-        to[i] = t;
-        back[i] = quad_sum(back[i]);
-        s_start[i] = row < T ? -lse[statistics + t] * root : -INFINITY;
-        if (column == 0 && row < T) delta[statistics + t] = back[i];
+        int row = first_row + threadIdx.x % WARP / 4 + i * 8;
+        size_t statistic = ((size_t)b * NH + h) * T + row;
+        to[i] = min(row, T - 1);
+        from[i] = start ? start[batch_row + to[i]] : 0;
+        back[i] = group_sum(back[i], 4);
+        s_start[i] = row < T ? -lse[statistic] * root : -INFINITY;
+        if (row < T && threadIdx.x % 4 == 0) delta[statistic] = back[i];
     }
     int seen_by_all = start ? start[batch_row + last] : 0;
-    float dquery[HD / 8][4] = {};
+    float dq_rows[HD / 8][4] = {};
     for (int tile = first_tile; tile <= last_tile; tile++) {
         cp_async_wait<0>();
         __syncthreads();
         if (tile < last_tile) fetch(tile + 1);
-        const floatX *k_tile = tiles + tile % 2 * 2 * tile_elements(TILE, HD), *v_tile = k_tile + tile_elements(TILE, HD);
-        bool masked = tile * TILE < seen_by_all || tile * TILE + TILE - 1 > t0;
         #pragma unroll
         for (int half = 0; half < TILE; half += 32) {            // 32 keys at a time, for the sake of registers
+            int first_key = tile * TILE + half;
+            const floatX *k_tile = tiles + tile_size(tile % 2 * 2 * TILE + half, HD), *v_tile = k_tile + tile_size(TILE, HD);
             float s[4][4], ds[4][4];
             #pragma unroll
-            for (int n = 0; n < 4; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) s[n][e] = s_start[e / 2], ds[n][e] = -back[e / 2];
-            multiply_transposed(s, queries, k_tile + tile_elements(half, HD));
-            multiply_transposed(ds, dattentions, v_tile + tile_elements(half, HD));
+            for (int i = 0; i < 16; i++) s[i / 4][i % 4] = s_start[i / 2 % 2], ds[i / 4][i % 4] = -back[i / 2 % 2];
+            multiply_transposed(s, q_rows, k_tile);
+            multiply_transposed(ds, datt_rows, v_tile);
+            if (first_key < seen_by_all || first_key + 31 > t0) hide_keys(s, first_key, from, to);
             #pragma unroll
-            for (int n = 0; n < 4; n++)
-                #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int j = tile * TILE + half + n * 8 + column + e % 2;
-                    bool visible = !masked || (from[e / 2] <= j && j <= to[e / 2]);
-                    ds[n][e] = visible ? ds[n][e] * exp2f(s[n][e] * scale) : 0;
-                }
-            multiply(dquery, ds, k_tile + tile_elements(half, HD));
+            for (int i = 0; i < 16; i++) ds[i / 4][i % 4] *= exp2f(s[i / 4][i % 4] * scale);
+            multiply(dq_rows, ds, k_tile);
         }
     }
-    const float factor[2] = {1 / root, 1 / root};
-    write_tile(dq + (batch_row + first_row) * stride + h * HD, stride, dquery, factor, valid);
+    write_d(dq + q_row, stride, dq_rows, 1 / root, 1 / root, valid);
 }
 
-// One block: dk and dv of 64 keys of one KV head. Its turns are the query tiles, of every head of the group, that see a key of the tile.
-// Scores are made transposed, keys being the rows: so p^T and ds^T leave the first products as the A of the second.
-template <int HD, int QUERIES>
+// One block: dk and dv of 64 keys of one KV head. Its turns are the tiles of queries, of every head of the group, that see one of the
+// keys. Scores are made transposed, keys being the rows: so p^T and ds^T leave the first products as A of the second ones.
+const int QUERIES = 32;                                          // of a tile here; with 64, HD 128 would need more than 255 registers
+template <int HD>
 __global__ void __launch_bounds__(TILE_THREADS)
 attention_dkv_tiles_kernel(floatX *dk, floatX *dv, const floatX *datt, const float *lse, const float *delta, const floatX *q,
                            const floatX *k, const floatX *v, const int *start, int T, int NH, int NKV, int stride) {
     extern __shared__ __align__(16) floatX tiles[];              // K, V, [2][Q, datt]
     int j0 = blockIdx.x * TILE, kv_head = blockIdx.y, b = blockIdx.z, group = NH / NKV;
-    int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, column = threadIdx.x % 4 * 2;
+    int first_row = threadIdx.x / WARP * 16, g = threadIdx.x % WARP / 4, column = threadIdx.x % 4 * 2;
     size_t batch_row = (size_t)b * T, kv = (batch_row + j0) * stride + kv_head * HD;
     if (start) start += batch_row;
-    int first_tile = j0 / QUERIES, tiles_of_head = ceil_div(queries_end(start, T, min(j0 + TILE, T) - 1), QUERIES) - first_tile;
+    int first_tile = j0 / QUERIES, head_tiles = ceil_div(queries_end(start, T, min(j0 + TILE, T) - 1), QUERIES) - first_tile;
     auto fetch = [&](int turn) {
-        int h = kv_head * group + turn / tiles_of_head, t0 = (first_tile + turn % tiles_of_head) * QUERIES;
-        floatX *to = tiles + 2 * tile_elements(TILE, HD) + turn % 2 * 2 * tile_elements(QUERIES, HD);
-        fetch_tile<HD>(to, q + (batch_row + t0) * stride + h * HD, stride, QUERIES, T - t0);
-        fetch_tile<HD>(to + tile_elements(QUERIES, HD), datt + (batch_row + t0) * NH * HD + h * HD, NH * HD, QUERIES, T - t0);
+        int h = kv_head * group + turn / head_tiles, t0 = (first_tile + turn % head_tiles) * QUERIES;
+        floatX *to = tiles + tile_size(2 * TILE + turn % 2 * 2 * QUERIES, HD);
+        fetch_tile<HD, QUERIES>(to, q + (batch_row + t0) * stride + h * HD, stride, T - t0);
+        fetch_tile<HD, QUERIES>(to + tile_size(QUERIES, HD), datt + (batch_row + t0) * NH * HD + h * HD, NH * HD, T - t0);
         cp_async_commit();
     };
-    fetch_tile<HD>(tiles, k + kv, stride, TILE, T - j0);
-    fetch_tile<HD>(tiles + tile_elements(TILE, HD), v + kv, stride, TILE, T - j0);
-    fetch(0);                                                    // commits K and V too
+    fetch_tile<HD, TILE>(tiles, k + kv, stride, T - j0);
+    fetch_tile<HD, TILE>(tiles + tile_size(TILE, HD), v + kv, stride, T - j0);
+    fetch(0);                                                    // its commit is also that of K and V
 
-    float root = sqrtf((float)HD), scale = LOG2_E / root, dkey[HD / 8][4] = {}, dvalue[HD / 8][4] = {};
-    for (int turn = 0; turn < group * tiles_of_head; turn++) {
+    float root = sqrtf((float)HD), scale = LOG2_E / root, dk_rows[HD / 8][4] = {}, dv_rows[HD / 8][4] = {};
+    for (int turn = 0; turn < group * head_tiles; turn++) {
         cp_async_wait<0>();
         __syncthreads();
-        if (turn + 1 < group * tiles_of_head) fetch(turn + 1);
-        const floatX *q_tile = tiles + 2 * tile_elements(TILE, HD) + turn % 2 * 2 * tile_elements(QUERIES, HD);
-        const floatX *datt_tile = q_tile + tile_elements(QUERIES, HD);
-        int h = kv_head * group + turn / tiles_of_head, t0 = (first_tile + turn % tiles_of_head) * QUERIES;
+        if (turn + 1 < group * head_tiles) fetch(turn + 1);
+        const floatX *q_tile = tiles + tile_size(2 * TILE + turn % 2 * 2 * QUERIES, HD), *datt_tile = q_tile + tile_size(QUERIES, HD);
+        int h = kv_head * group + turn / head_tiles, t0 = (first_tile + turn % head_tiles) * QUERIES;
         size_t statistics = ((size_t)b * NH + h) * T;
         float s[QUERIES / 8][4], ds[QUERIES / 8][4];
+        uint32_t rows[HD / 16][4];
         #pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
+        for (int i = 0; i < QUERIES / 4; i++) {
+            int t = t0 + i / 2 * 8 + column + i % 2;
+            s[i / 2][i % 2] = s[i / 2][i % 2 + 2] = t < T ? -lse[statistics + t] * root : -INFINITY;
+        }
+        load_a(rows, tiles + tile_size(first_row, HD));
+        multiply_transposed(s, rows, q_tile);
+        if (t0 < j0 + TILE - 1 || (start && start[min(t0 + QUERIES, T) - 1] > j0))
             #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                int t = t0 + n * 8 + column + e;
-                s[n][e] = s[n][e + 2] = t < T ? -lse[statistics + t] * root : -INFINITY;
-                ds[n][e] = ds[n][e + 2] = t < T ? -delta[statistics + t] : 0;
+            for (int i = 0; i < QUERIES / 2; i++) {
+                int j = j0 + first_row + g + i / 2 % 2 * 8, t = t0 + i / 4 * 8 + column + i % 2;
+                if (j > t || (start && t < T && start[t] > j)) s[i / 4][i % 4] = -INFINITY;
             }
-        uint32_t a[HD / 16][4];
-        load_a(a, tiles + tile_elements(warp * 16, HD));
-        multiply_transposed(s, a, q_tile);
-        load_a(a, tiles + tile_elements(TILE + warp * 16, HD));
-        multiply_transposed(ds, a, datt_tile);
-        bool masked = t0 < j0 + TILE - 1 || (start && start[min(t0 + QUERIES, T) - 1] > j0);
         #pragma unroll
-        for (int n = 0; n < QUERIES / 8; n++)
-            #pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int j = j0 + warp * 16 + g + e / 2 * 8, t = t0 + n * 8 + column + e % 2;
-                bool visible = !masked || (j <= t && (!start || start[min(t, T - 1)] <= j));
-                s[n][e] = visible ? exp2f(s[n][e] * scale) : 0;
-                ds[n][e] *= s[n][e];
-            }
-        multiply(dvalue, s, datt_tile);
-        multiply(dkey, ds, q_tile);
+        for (int i = 0; i < QUERIES / 2; i++) s[i / 4][i % 4] = exp2f(s[i / 4][i % 4] * scale);
+        multiply(dv_rows, s, datt_tile);
+        #pragma unroll
+        for (int i = 0; i < QUERIES / 4; i++) {
+            int t = t0 + i / 2 * 8 + column + i % 2;
+            ds[i / 2][i % 2] = ds[i / 2][i % 2 + 2] = t < T ? -delta[statistics + t] : 0;
+        }
+        load_a(rows, tiles + tile_size(TILE + first_row, HD));
+        multiply_transposed(ds, rows, datt_tile);
+        #pragma unroll
+        for (int i = 0; i < QUERIES / 2; i++) ds[i / 4][i % 4] *= s[i / 4][i % 4];
+        multiply(dk_rows, ds, q_tile);
     }
-    const float factor[2] = {1 / root, 1 / root}, one[2] = {1, 1};
-    write_tile(dk + kv + (size_t)warp * 16 * stride, stride, dkey, factor, T - j0 - warp * 16);
-    write_tile(dv + kv + (size_t)warp * 16 * stride, stride, dvalue, one, T - j0 - warp * 16);
+    kv += (size_t)first_row * stride;
+    write_d(dk + kv, stride, dk_rows, 1 / root, 1 / root, T - j0 - first_row);
+    write_d(dv + kv, stride, dv_rows, 1, 1, T - j0 - first_row);
 }
 
-// More than 48 KB of dynamic shared memory must be asked for, once for each kernel.
-template <typename Kernel>
-bool allow_shared_memory(Kernel kernel, int bytes) {
-    cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-    return true;
-}
-
-template <int HD>
-void attention_forward_tiles(floatX *att, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start,
-                             int B, int T, int past, int NH, int NKV, int q_stride, int kv_stride) {
-    int bytes = 4 * tile_elements(TILE, HD) * (int)sizeof(floatX);
-    static bool allowed = allow_shared_memory(attention_forward_tiles_kernel<HD>, bytes);
-    (void)allowed;
-    dim3 grid(ceil_div(T, TILE), NH, B);
-    attention_forward_tiles_kernel<HD><<<grid, TILE_THREADS, bytes, stream>>>(att, lse, q, k, v, start, T, past, NH, NKV, q_stride, kv_stride);
-}
-
-template <int HD>
-void attention_backward_tiles(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *datt, const floatX *att, const float *lse,
-                              const floatX *q, const floatX *k, const floatX *v, const int *start, int B, int T, int NH, int NKV, int stride) {
-    const int QUERIES = HD > 64 ? 32 : 64;                       // HD 128 with 64 queries has too few registers
-    int dq_bytes = 4 * tile_elements(TILE, HD) * (int)sizeof(floatX);
-    int dkv_bytes = (2 * tile_elements(TILE, HD) + 4 * tile_elements(QUERIES, HD)) * (int)sizeof(floatX);
-    static bool allowed = allow_shared_memory(attention_dq_tiles_kernel<HD>, dq_bytes)
-                       && allow_shared_memory(attention_dkv_tiles_kernel<HD, QUERIES>, dkv_bytes);
-    (void)allowed;
-    dim3 q_grid(ceil_div(T, TILE), NH, B), kv_grid(ceil_div(T, TILE), NKV, B);
-    attention_dq_tiles_kernel<HD><<<q_grid, TILE_THREADS, dq_bytes, stream>>>(dq, delta, datt, att, lse, q, k, v, start, T, NH, NKV, stride);
-    attention_dkv_tiles_kernel<HD, QUERIES><<<kv_grid, TILE_THREADS, dkv_bytes, stream>>>(dk, dv, datt, lse, delta, q, k, v, start, T, NH, NKV, stride);
-}
-
-// Tiles are copied 16 bytes at a time: rows and pointers must be aligned so.
-bool fits_tiles(int HD, int q_stride, int kv_stride, const void *q, const void *k, const void *v) {
-    return (HD == 32 || HD == 64 || HD == 128) && q_stride % 8 == 0 && kv_stride % 8 == 0 && ((uintptr_t)q | (uintptr_t)k | (uintptr_t)v) % 16 == 0;
-}
+// The kernels for tiles exist for these sizes. All offsets being multiples of HD, 16-byte pieces are aligned if the arrays are.
+bool has_tiles(int HD) { return HD == 32 || HD == 64 || HD == 128; }
 #endif
 
-// att (N, NH * HD) and lse (B, NH, T), which may be NULL, of T queries a row, in rows of q_stride elements. k and v hold past + T
-// positions a row, in rows of kv_stride elements.
+// att (N, NH * HD) and lse (B, NH, T), which may be NULL, of T queries a batch row, in rows of q_stride elements. k and v hold past + T
+// positions a batch row, in rows of kv_stride elements. Products: 4 T NH HD FLOPs a query, half of them masked when past is 0.
 void attention_forward_gpu(floatX *att, float *lse, const floatX *q, const floatX *k, const floatX *v, const int *start,
                            int B, int T, int past, int NH, int NKV, int HD, int q_stride, int kv_stride) {
-    CHECK(HD <= MAX_HEAD, "attention: heads of %d channels; at most %d are supported", HD, MAX_HEAD);
 #ifndef QWEN_FP32
-    if (fits_tiles(HD, q_stride, kv_stride, q, k, v)) {
-        if (HD == 32) attention_forward_tiles<32>(att, lse, q, k, v, start, B, T, past, NH, NKV, q_stride, kv_stride);
-        if (HD == 64) attention_forward_tiles<64>(att, lse, q, k, v, start, B, T, past, NH, NKV, q_stride, kv_stride);
-        if (HD == 128) attention_forward_tiles<128>(att, lse, q, k, v, start, B, T, past, NH, NKV, q_stride, kv_stride);
+    if (has_tiles(HD)) {
+        assert(is_aligned(k) && is_aligned(v) && kv_stride % WIDE == 0 && "attention copies 16 bytes at a time");
+        auto kernel = HD == 32 ? attention_forward_tiles_kernel<32>
+                    : HD == 64 ? attention_forward_tiles_kernel<64> : attention_forward_tiles_kernel<128>;
+        int bytes = tile_size(4 * TILE, HD) * (int)sizeof(floatX);                             // more than 48 KB must be asked for
+        cudaCheck(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+        dim3 grid(ceil_div(T, TILE), NH, B);
+        kernel<<<grid, TILE_THREADS, bytes, stream>>>(att, lse, q, k, v, start, T, past, NH, NKV, q_stride, kv_stride);
         checkLaunch();
         return;
     }
 #endif
+    CHECK(HD <= MAX_HEAD, "attention heads of %d channels; at most %d are supported", HD, MAX_HEAD);
     dim3 grid(ceil_div(T, ROW_WARPS), NH, B);
-    attention_forward_rows_kernel<<<grid, ROW_WARPS * WARP, 0, stream>>>(att, lse, q, k, v, start, T, past, NH, NKV, HD, q_stride, kv_stride);
+    attention_forward_rows_kernel<<<grid, ROW_WARPS * WARP, 0, stream>>>(att, lse, q, k, v, start, T, past, NH, NKV, HD,
+                                                                         q_stride, kv_stride);
     checkLaunch();
 }
 
 // dq, dk, dv = (rows of `stride` elements, laid out as q, k, v). delta (B, NH, T) is scratch: the first kernel makes it for the second.
 void attention_backward_gpu(floatX *dq, floatX *dk, floatX *dv, float *delta, const floatX *datt, const floatX *att, const float *lse,
-                            const floatX *q, const floatX *k, const floatX *v, const int *start, int B, int T, int NH, int NKV, int HD, int stride) {
-    CHECK(HD <= MAX_HEAD, "attention: heads of %d channels; at most %d are supported", HD, MAX_HEAD);
+                            const floatX *q, const floatX *k, const floatX *v, const int *start,
+                            int B, int T, int NH, int NKV, int HD, int stride) {
 #ifndef QWEN_FP32
-    if (fits_tiles(HD, stride, stride, q, k, v)) {
-        if (HD == 32) attention_backward_tiles<32>(dq, dk, dv, delta, datt, att, lse, q, k, v, start, B, T, NH, NKV, stride);
-        if (HD == 64) attention_backward_tiles<64>(dq, dk, dv, delta, datt, att, lse, q, k, v, start, B, T, NH, NKV, stride);
-        if (HD == 128) attention_backward_tiles<128>(dq, dk, dv, delta, datt, att, lse, q, k, v, start, B, T, NH, NKV, stride);
+    if (has_tiles(HD)) {
+        assert(is_aligned(q) && is_aligned(k) && is_aligned(v) && is_aligned(datt) && stride % WIDE == 0 &&
+               "attention copies 16 bytes at a time");
+        auto dq_kernel = HD == 32 ? attention_dq_tiles_kernel<32>
+                       : HD == 64 ? attention_dq_tiles_kernel<64> : attention_dq_tiles_kernel<128>;
+        auto dkv_kernel = HD == 32 ? attention_dkv_tiles_kernel<32>
+                        : HD == 64 ? attention_dkv_tiles_kernel<64> : attention_dkv_tiles_kernel<128>;
+        int dq_bytes = tile_size(4 * TILE, HD) * (int)sizeof(floatX);
+        int dkv_bytes = tile_size(2 * TILE + 4 * QUERIES, HD) * (int)sizeof(floatX);
+        cudaCheck(cudaFuncSetAttribute(dq_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dq_bytes));
+        cudaCheck(cudaFuncSetAttribute(dkv_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dkv_bytes));
+        dim3 q_grid(ceil_div(T, TILE), NH, B), kv_grid(ceil_div(T, TILE), NKV, B);
+        dq_kernel<<<q_grid, TILE_THREADS, dq_bytes, stream>>>(dq, delta, datt, att, lse, q, k, v, start, T, NH, NKV, stride);
+        dkv_kernel<<<kv_grid, TILE_THREADS, dkv_bytes, stream>>>(dk, dv, datt, lse, delta, q, k, v, start, T, NH, NKV, stride);
         checkLaunch();
         return;
     }
 #endif
+    CHECK(HD <= MAX_HEAD, "attention heads of %d channels; at most %d are supported", HD, MAX_HEAD);
     dim3 q_grid(ceil_div(T, ROW_WARPS), NH, B), kv_grid(ceil_div(T, ROW_WARPS), NKV, B);
     attention_dq_rows_kernel<<<q_grid, ROW_WARPS * WARP, 0, stream>>>(dq, delta, datt, att, lse, q, k, v, start, T, NH, NKV, HD, stride);
     attention_dkv_rows_kernel<<<kv_grid, ROW_WARPS * WARP, 0, stream>>>(dk, dv, datt, lse, delta, q, k, v, start, T, NH, NKV, HD, stride);

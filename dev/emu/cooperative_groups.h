@@ -22,10 +22,10 @@ struct lane_group {
     unsigned size() const { return num_threads(); }
     unsigned thread_rank() const { return (unsigned)__popc(mask & ((1u << emu::lane_id()) - 1)); }
     void sync(EMU_HERE) const { __syncwarp(mask, file, line); }
-    template<class T> T shfl(T v, int rank, EMU_HERE) const { return emu::shuffle(mask, v, lane(rank % (int)size()), "group.shfl", file, line); }
-    template<class T> T shfl_xor(T v, unsigned x, EMU_HERE) const { return emu::shuffle(mask, v, lane((int)(thread_rank() ^ x)), "group.shfl_xor", file, line); }
-    template<class T> T shfl_up(T v, unsigned d, EMU_HERE) const { return emu::shuffle(mask, v, lane((int)thread_rank() - (int)d), "group.shfl_up", file, line); }
-    template<class T> T shfl_down(T v, unsigned d, EMU_HERE) const { return emu::shuffle(mask, v, lane((int)(thread_rank() + d)), "group.shfl_down", file, line); }
+#define EMU_GROUP_SHUFFLE(NAME, SOURCE) \
+    template<class T> T NAME(T v, int k, EMU_HERE) const { return emu::shuffle(mask, v, lane(SOURCE), "group." #NAME, file, line); }
+    EMU_GROUP_SHUFFLE(shfl, k % (int)size()) EMU_GROUP_SHUFFLE(shfl_xor, (int)thread_rank() ^ k)
+    EMU_GROUP_SHUFFLE(shfl_up, (int)thread_rank() - k) EMU_GROUP_SHUFFLE(shfl_down, (int)thread_rank() + k)
     unsigned ballot(int p, EMU_HERE) const {
         unsigned lanes = __ballot_sync(mask, p, file, line), ranks = 0;
         for (unsigned r = 0; r < size(); r++) ranks |= (lanes >> lane((int)r) & 1) << r;
@@ -33,21 +33,22 @@ struct lane_group {
     }
     bool any(int p, EMU_HERE) const { return __any_sync(mask, p, file, line); }
     bool all(int p, EMU_HERE) const { return __all_sync(mask, p, file, line); }
-    int lane(int rank) const {                     // the lane with that rank; -1 if there is none
-        for (int l = 0; l < 32; l++) if (mask >> l & 1 && rank-- == 0) return l;
+    int lane(int rank) const {                     // the lane with that rank; -1 (the own value, in a shuffle) if there is none
+        if (rank >= 0) for (int l = 0; l < 32; l++) if (mask >> l & 1 && rank-- == 0) return l;
         return -1;
     }
 };
-template<unsigned N, class Parent = void> struct thread_block_tile : lane_group {
+template<unsigned N> struct tile : lane_group {
     static_assert(N >= 1 && N <= 32 && (N & (N - 1)) == 0, "a tile has 1, 2, 4, 8, 16 or 32 threads");
-    thread_block_tile() : lane_group{(N == 32 ? ~0u : (1u << N % 32) - 1) << emu::first_lane(N)} {}
+    tile() : lane_group{(N == 32 ? ~0u : (1u << N % 32) - 1) << emu::first_lane(N)} {}
     static constexpr unsigned num_threads() { return N; }
     static constexpr unsigned size() { return N; }
     static unsigned thread_rank() { return (unsigned)emu::worker->current->thread % N; }
     static unsigned meta_group_rank() { return (unsigned)emu::worker->current->thread / N; }
     static unsigned meta_group_size() { return (unsigned)(emu::worker->threads + N - 1) / N; }
 };
-template<unsigned N, class Parent> inline thread_block_tile<N, Parent> tiled_partition(const Parent &) { return {}; }
+template<unsigned N, class Parent = void> using thread_block_tile = tile<N>;
+template<unsigned N, class Parent> inline tile<N> tiled_partition(const Parent &) { return {}; }
 struct coalesced_group : lane_group {};
 inline coalesced_group coalesced_threads() { return {{__activemask()}}; }    // right outside of divergent branches, as __activemask
 

@@ -17,7 +17,8 @@ enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_ORDER = 1, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6,
 };
 enum cublasLtMatmulPreferenceAttributes_t {
-    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
 };
 
@@ -51,35 +52,37 @@ struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; size_t works
 namespace emu {
 template <class T> cublasStatus_t set_attribute(T *to, const void *value, size_t bytes) {
     if (value == nullptr || bytes != sizeof(T))
-        return blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "an attribute of %zu bytes was given as %zu bytes at %p", sizeof(T), bytes, value);
+        return EMU_BLAS_INVALID("an attribute of %zu bytes was given as %zu bytes at %p", sizeof(T), bytes, value);
     memcpy(to, value, bytes);
     return CUBLAS_STATUS_SUCCESS;
 }
 // What types and shapes alone forbid.
 inline cublasStatus_t check_problem(const LtDesc *op, const LtLayout *a, const LtLayout *b, const LtLayout *c, const LtLayout *d) {
-    if (!op || !a || !b || !c || !d) return blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "a descriptor is NULL");
+    if (!op || !a || !b || !c || !d) return EMU_BLAS_INVALID("a descriptor is NULL");
     const LtLayout *layout[4] = {a, b, c, d};
     for (int i = 0; i < 4; i++) {
         const LtLayout *x = layout[i];
-        if (x->order != CUBLASLT_ORDER_COL) return blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "%c is not column major: not in this emulator", "ABCD"[i]);
+        if (x->order != CUBLASLT_ORDER_COL) return EMU_BLAS_UNSUPPORTED("%c is not column major: not in this emulator", "ABCD"[i]);
         if (x->rows == 0 || x->cols == 0 || x->ld < (int64_t)x->rows)
-            return blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "%c is %zu x %zu with leading dimension %ld", "ABCD"[i], x->rows, x->cols, (long)x->ld);
-        if (x->batch != d->batch) return blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "batch of %c is %d, of D %d", "ABCD"[i], x->batch, d->batch);
+            return EMU_BLAS_INVALID("%c is %zu x %zu with leading dimension %ld", "ABCD"[i], x->rows, x->cols, (long)x->ld);
+        if (x->batch != d->batch) return EMU_BLAS_INVALID("batch of %c is %d, of D %d", "ABCD"[i], x->batch, d->batch);
     }
     if (d->batch > 1 && d->stride < d->ld * (int64_t)d->cols)
-        return blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "matrices of D overlap: %zu x %zu, stride %ld", d->rows, d->cols, (long)d->stride);
+        return EMU_BLAS_INVALID("matrices of D overlap: %zu x %zu, stride %ld", d->rows, d->cols, (long)d->stride);
     size_t m = op->transa ? a->cols : a->rows, k = op->transa ? a->rows : a->cols;
     size_t n = op->transb ? b->rows : b->cols, k_of_b = op->transb ? b->cols : b->rows;
     if (k != k_of_b || d->rows != m || d->cols != n || c->rows != m || c->cols != n)
-        return blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "op(A) %zu x %zu, op(B) %zu x %zu, C %zu x %zu and D %zu x %zu do not fit", m, k, k_of_b, n,
+        return EMU_BLAS_INVALID("op(A) %zu x %zu, op(B) %zu x %zu, C %zu x %zu and D %zu x %zu do not fit", m, k, k_of_b, n,
                            c->rows, c->cols, d->rows, d->cols);
-    bool fast = op->compute >= CUBLAS_COMPUTE_32F_FAST_16F;
     int bias_type = op->bias_type == -1 ? d->type : op->bias_type;
-    if (a->type != b->type || c->type != d->type || bias_type != d->type || (d->type != a->type && d->type != CUDA_R_32F) || (fast && a->type != CUDA_R_32F))
-        return blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "no kernel for types A %d, B %d, C %d, D %d, bias %d, compute %d: A and B must be alike; "
+    bool alike = a->type == b->type && c->type == d->type && bias_type == d->type;
+    bool fast = op->compute >= CUBLAS_COMPUTE_32F_FAST_16F;     // takes floats only
+    if (!alike || (d->type != a->type && d->type != CUDA_R_32F) || (fast && a->type != CUDA_R_32F))
+        return EMU_BLAS_UNSUPPORTED("no kernel for types A %d, B %d, C %d, D %d, bias %d, compute %d: A and B must be alike; "
                            "C, D and bias too (A's type or float)", a->type, b->type, c->type, d->type, bias_type, op->compute);
-    if (op->pointer_mode != CUBLASLT_POINTER_MODE_HOST || (op->epilogue != CUBLASLT_EPILOGUE_DEFAULT && op->epilogue != CUBLASLT_EPILOGUE_BIAS))
-        return blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "pointer mode %d, epilogue %u: not in this emulator", op->pointer_mode, op->epilogue);
+    bool known_epilogue = op->epilogue == CUBLASLT_EPILOGUE_DEFAULT || op->epilogue == CUBLASLT_EPILOGUE_BIAS;
+    if (op->pointer_mode != CUBLASLT_POINTER_MODE_HOST || !known_epilogue)
+        return EMU_BLAS_UNSUPPORTED("pointer mode %d, epilogue %u: not in this emulator", op->pointer_mode, op->epilogue);
     return CUBLAS_STATUS_SUCCESS;
 }
 }
@@ -88,12 +91,13 @@ inline cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) { return *handle 
 inline cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
 
 inline cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *desc, cublasComputeType_t compute, cudaDataType_t scale) {
-    if (scale != CUDA_R_32F) return emu::blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "alpha and beta must be float, not type %d", scale);
+    if (scale != CUDA_R_32F) return EMU_BLAS_UNSUPPORTED("alpha and beta must be float, not type %d", scale);
     *desc = new emu::LtDesc{compute, CUBLASLT_POINTER_MODE_HOST, CUBLAS_OP_N, CUBLAS_OP_N, -1, CUBLASLT_EPILOGUE_DEFAULT, nullptr};
     return CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t desc) { return delete desc, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t which, const void *value, size_t bytes) {
+inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t which,
+                                                     const void *value, size_t bytes) {
     switch (which) {
         case CUBLASLT_MATMUL_DESC_POINTER_MODE: return emu::set_attribute(&desc->pointer_mode, value, bytes);
         case CUBLASLT_MATMUL_DESC_TRANSA: return emu::set_attribute(&desc->transa, value, bytes);
@@ -102,40 +106,45 @@ inline cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t desc, 
         case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return emu::set_attribute(&desc->bias, value, bytes);
         case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return emu::set_attribute(&desc->bias_type, value, bytes);
     }
-    return emu::blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "matmul attribute %d: not in this emulator", which);
+    return EMU_BLAS_UNSUPPORTED("matmul attribute %d: not in this emulator", which);
 }
 
-inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType_t type, uint64_t rows, uint64_t cols, int64_t ld) {
+inline cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *layout, cudaDataType_t type, uint64_t rows, uint64_t cols,
+                                                 int64_t ld) {
     return *layout = new emu::LtLayout{type, rows, cols, ld, 0, CUBLASLT_ORDER_COL, 1}, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t layout) { return delete layout, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t which, const void *value, size_t bytes) {
+inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t layout, cublasLtMatrixLayoutAttribute_t which,
+                                                       const void *value, size_t bytes) {
     switch (which) {
         case CUBLASLT_MATRIX_LAYOUT_ORDER: return emu::set_attribute(&layout->order, value, bytes);
         case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT: return emu::set_attribute(&layout->batch, value, bytes);
         case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET: return emu::set_attribute(&layout->stride, value, bytes);
     }
-    return emu::blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "layout attribute %d: not in this emulator", which);
+    return EMU_BLAS_UNSUPPORTED("layout attribute %d: not in this emulator", which);
 }
 
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
     return *preference = new emu::LtPreference{0, {256, 256, 256, 256}}, CUBLAS_STATUS_SUCCESS;
 }
-inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) { return delete preference, CUBLAS_STATUS_SUCCESS; }
-inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference, cublasLtMatmulPreferenceAttributes_t which,
-                                                           const void *value, size_t bytes) {
+inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
+    return delete preference, CUBLAS_STATUS_SUCCESS;
+}
+inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
+                                                           cublasLtMatmulPreferenceAttributes_t which, const void *value, size_t bytes) {
     if (which == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return emu::set_attribute(&preference->workspace, value, bytes);
     int matrix = which - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
     if (matrix >= 0 && matrix < 4) return emu::set_attribute(&preference->alignment[matrix], value, bytes);
-    return emu::blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, "preference attribute %d: not in this emulator", which);
+    return EMU_BLAS_UNSUPPORTED("preference attribute %d: not in this emulator", which);
 }
 
 // Up to two algorithms: first one that splits k and so wants D as floats for workspace, if it may; then one that needs none.
-inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cublasLtMatmulDesc_t op, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                                     cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference,
-                                                     int requested, cublasLtMatmulHeuristicResult_t *results, int *returned) {
+inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
+    cublasLtHandle_t handle, cublasLtMatmulDesc_t op, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
+    cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int requested, cublasLtMatmulHeuristicResult_t *results,
+    int *returned) {
     if (!handle || !preference || !results || !returned || requested < 1)
-        return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "AlgoGetHeuristic: a pointer is NULL, or %d algorithms were requested", requested);
+        return EMU_BLAS_INVALID("AlgoGetHeuristic: a pointer is NULL, or %d algorithms were requested", requested);
     *returned = 0;
     cublasStatus_t status = emu::check_problem(op, a, b, c, d);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
@@ -143,45 +152,48 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t handle, cu
     for (size_t workspace : {wanted, (size_t)0}) {
         if (workspace > preference->workspace || *returned == requested) continue;
         cublasLtMatmulHeuristicResult_t r = {{workspace, {}}, workspace, CUBLAS_STATUS_SUCCESS, 1.0f};
-        for (int i = 0; i < 4; i++) r.algo.alignment[i] = std::min(16u, preference->alignment[i]);      // loads and stores of up to 16 bytes
+        for (int i = 0; i < 4; i++) r.algo.alignment[i] = std::min(16u, preference->alignment[i]);  // loads and stores: up to 16 bytes
         results[(*returned)++] = r;
     }
     return CUBLAS_STATUS_SUCCESS;
 }
 
-inline cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t op, const void *alpha, const void *a, cublasLtMatrixLayout_t a_layout,
-                                     const void *b, cublasLtMatrixLayout_t b_layout, const void *beta, const void *c, cublasLtMatrixLayout_t c_layout,
-                                     void *d, cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
-                                     cudaStream_t stream) {
+inline cublasStatus_t cublasLtMatmul(
+    cublasLtHandle_t handle, cublasLtMatmulDesc_t op, const void *alpha, const void *a, cublasLtMatrixLayout_t a_layout,
+    const void *b, cublasLtMatrixLayout_t b_layout, const void *beta, const void *c, cublasLtMatrixLayout_t c_layout,
+    void *d, cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t *algo, void *workspace, size_t workspace_bytes,
+    cudaStream_t stream) {
     if (handle == nullptr) return emu::blas_refuse(CUBLAS_STATUS_NOT_INITIALIZED, "the handle is NULL: call cublasLtCreate first");
     cublasStatus_t status = emu::check_problem(op, a_layout, b_layout, c_layout, d_layout);
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     const void *bias = op->epilogue == CUBLASLT_EPILOGUE_BIAS ? op->bias : nullptr;
     if (!alpha || !beta || !a || !b || !c || !d || (op->epilogue == CUBLASLT_EPILOGUE_BIAS && !bias))
-        return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "a pointer is NULL (without a C of its own, give D)");
+        return EMU_BLAS_INVALID("a pointer is NULL (without a C of its own, give D)");
     if (c == d && (c_layout->ld != d_layout->ld || c_layout->stride != d_layout->stride))
-        return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "C is D, but their layouts differ");
+        return EMU_BLAS_INVALID("C is D, but their layouts differ");
 
-    cublasLtMatmulAlgo_t chosen = algo ? *algo : cublasLtMatmulAlgo_t{0, {16, 16, 16, 16}};     // none given: as found with default preferences
+    cublasLtMatmulAlgo_t chosen = {0, {16, 16, 16, 16}};        // none given: as found with default preferences
+    if (algo != nullptr) chosen = *algo;
     const void *pointer[4] = {a, b, c, d};
     const emu::LtLayout *layout[4] = {a_layout, b_layout, c_layout, d_layout};
     size_t bytes[4], step[4];
     for (int i = 0; i < 4; i++) {
-        bytes[i] = (size_t)layout[i]->count() * emu::type_bytes(layout[i]->type), step[i] = (size_t)layout[i]->stride * emu::type_bytes(layout[i]->type);
+        bytes[i] = (size_t)layout[i]->count() * emu::type_bytes(layout[i]->type);
+        step[i] = (size_t)layout[i]->stride * emu::type_bytes(layout[i]->type);
         if ((uintptr_t)pointer[i] % chosen.alignment[i] != 0)
-            return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "%c at %p: the algorithm relies on %u byte alignment (as the preference promised)", "ABCD"[i],
+            return EMU_BLAS_INVALID("%c at %p: the algorithm relies on %u byte alignment (as the preference promised)", "ABCD"[i],
                                     pointer[i], chosen.alignment[i]);
         if (!emu::is_device(pointer[i], bytes[i]))
-            return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "%c, %zu bytes at %p, is not (all) device memory", "ABCD"[i], bytes[i], pointer[i]);
+            return EMU_BLAS_INVALID("%c, %zu bytes at %p, is not (all) device memory", "ABCD"[i], bytes[i], pointer[i]);
     }
     for (int i = 0; i < 2; i++)
         if ((const char *)pointer[i] < (char *)d + bytes[3] && (char *)d < (const char *)pointer[i] + bytes[i])
-            return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "D overlaps %c", "ABCD"[i]);
+            return EMU_BLAS_INVALID("D overlaps %c", "ABCD"[i]);
     if (chosen.workspace > 0 && (workspace == nullptr || workspace_bytes < chosen.workspace || (uintptr_t)workspace % 256 != 0))
-        return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "the algorithm needs %zu bytes of workspace, 256 byte aligned; it got %zu at %p",
+        return EMU_BLAS_INVALID("the algorithm needs %zu bytes of workspace, 256 byte aligned; it got %zu at %p",
                                 (size_t)chosen.workspace, workspace_bytes, workspace);
     if (bias != nullptr && !emu::is_device(bias, d_layout->rows * emu::type_bytes(d_layout->type)))
-        return emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, "the bias, %zu numbers at %p, is not (all) device memory", d_layout->rows, bias);
+        return EMU_BLAS_INVALID("the bias, %zu numbers at %p, is not (all) device memory", d_layout->rows, bias);
 
     bool transa = op->transa != CUBLAS_OP_N, transb = op->transb != CUBLAS_OP_N;
     emu::Gemm g = {transa, transb, d_layout->rows, d_layout->cols, transa ? a_layout->rows : a_layout->cols,

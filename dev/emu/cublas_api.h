@@ -10,7 +10,9 @@
 #include <stdio.h>
 #include <string.h>
 
-enum cublasStatus_t { CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15 };
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS = 0, CUBLAS_STATUS_NOT_INITIALIZED = 1, CUBLAS_STATUS_INVALID_VALUE = 7, CUBLAS_STATUS_NOT_SUPPORTED = 15,
+};
 enum cublasOperation_t { CUBLAS_OP_N = 0, CUBLAS_OP_T = 1 };
 enum cublasComputeType_t {
     CUBLAS_COMPUTE_32F = 68, CUBLAS_COMPUTE_32F_PEDANTIC = 69,
@@ -30,6 +32,8 @@ __attribute__((format(printf, 2, 3))) inline cublasStatus_t blas_refuse(cublasSt
     va_end(arguments);
     return status;
 }
+#define EMU_BLAS_INVALID(...) emu::blas_refuse(CUBLAS_STATUS_INVALID_VALUE, __VA_ARGS__)
+#define EMU_BLAS_UNSUPPORTED(...) emu::blas_refuse(CUBLAS_STATUS_NOT_SUPPORTED, __VA_ARGS__)
 inline size_t type_bytes(int type) { return type == CUDA_R_32F ? 4 : 2; }
 inline float load_number(const void *p, size_t i, int type) {
     if (type == CUDA_R_32F) return ((const float *)p)[i];
@@ -94,7 +98,8 @@ inline void gemm(const Gemm &g) {
         #pragma omp for
 #endif
         for (size_t u = 0; u < col_tiles; u++)
-            pack_tile<TILE_COLS>(&b[u * g.k * TILE_COLS], g.b, g.type_ab, u * TILE_COLS, g.n, g.transb ? 1 : g.ldb, g.transb ? g.ldb : 1, g.k);
+            pack_tile<TILE_COLS>(&b[u * g.k * TILE_COLS], g.b, g.type_ab, u * TILE_COLS, g.n, g.transb ? 1 : g.ldb,
+                                 g.transb ? g.ldb : 1, g.k);
 #ifdef _OPENMP
         #pragma omp for
 #endif

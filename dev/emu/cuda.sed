@@ -1,6 +1,6 @@
 # The part of CUDA C++ that is no C++ -> plain C++. Use: sed -E -z -f cuda.sed in.cu > out.cpp; every line stays on its line.
-# Launch: kernel<T><<<grid, block, ...>>>(args) -> EMU_LAUNCH((kernel<T>), grid, block, ...)(args). \x01 and \x02 stand for <<< and >>> meanwhile, so
-# that only a pair with neither in between is taken: the >>> that closes vector<vector<vector<int>>> stays.
+# Launch: kernel<T><<<grid, block, ...>>>(args) -> EMU_LAUNCH((kernel<T>), grid, block, ...)(args). \x01 and \x02 stand for <<< and >>>
+# meanwhile, so that only a pair with neither in between is taken: the >>> that closes vector<vector<vector<int>>> stays.
 s/<<</\x01/g
 s/>>>/\x02/g
 s/([A-Za-z_][A-Za-z0-9_:]*(<[^<>;{}\x01\x02]*(<[^<>;{}\x01\x02]*>[^<>;{}\x01\x02]*)*>)?)[ \n]*\x01([^\x01\x02]*)\x02/EMU_LAUNCH((\1), \4)/g

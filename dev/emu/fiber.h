@@ -180,7 +180,8 @@ inline void context_prepare(Context &c, int colour, void (*start)(void *), void 
     first = {start, argument};
     makecontext(&c.registers, []() { auto f = first; f.start(f.argument); }, 0);
 #elif defined(__x86_64__)
-    void **sp = (void **)((uintptr_t)top & ~(uintptr_t)15) - 11;    // r15 r14 r13 r12 rbx rbp, emu_start, and room that keeps the ABI's alignment
+    // r15 r14 r13 r12 rbx rbp, emu_start, and room that keeps the stack as the ABI wants it: aligned to 16 bytes at a call
+    void **sp = (void **)((uintptr_t)top & ~(uintptr_t)15) - 11;
     for (int i = 0; i < 11; i++) sp[i] = nullptr;
     sp[2] = (void *)start; sp[3] = argument; sp[6] = (void *)emu_start;
     c.stack_pointer = sp;

@@ -1,5 +1,6 @@
-// __nv_bfloat16 and __half, their pairs, conversions and arithmetic. Arithmetic is float arithmetic rounded once to nearest even, which gives what
-// a GPU gives for + - * / and sqrt: 24 bits hold enough of an exact result of 8-bit or 11-bit operands for the second rounding to do no harm.
+// __nv_bfloat16 and __half, their pairs, conversions and arithmetic. Arithmetic is float arithmetic rounded once more, to nearest
+// even. For + - * / and sqrt that is what a GPU gives: 24 bits keep enough of the exact result of operands of 8 or 11 bits for the
+// second rounding to do no harm.
 #pragma once
 #include "device.h"
 
@@ -95,7 +96,9 @@ EMU_INLINE __nv_bfloat16 __float2bfloat16_rz(float v) { return __nv_bfloat16_raw
     template<class F> EMU_INLINE emu::Float16Pair<F> __##NAME##2(emu::Float16Pair<F> a) { return {__##NAME(a.x), __##NAME(a.y)}; }
 #define EMU_H2(NAME, EXPRESSION) \
     template<class F> EMU_INLINE emu::Float16<F> __##NAME(emu::Float16<F> a, emu::Float16<F> b) { return EXPRESSION; } \
-    template<class F> EMU_INLINE emu::Float16Pair<F> __##NAME##2(emu::Float16Pair<F> a, emu::Float16Pair<F> b) { return {__##NAME(a.x, b.x), __##NAME(a.y, b.y)}; }
+    template<class F> EMU_INLINE emu::Float16Pair<F> __##NAME##2(emu::Float16Pair<F> a, emu::Float16Pair<F> b) { \
+        return {__##NAME(a.x, b.x), __##NAME(a.y, b.y)}; \
+    }
 EMU_H1(hneg, -) EMU_H1(habs, fabsf)
 EMU_H2(hadd, a + b) EMU_H2(hsub, a - b) EMU_H2(hmul, a * b) EMU_H2(hmax, fmaxf(a, b)) EMU_H2(hmin, fminf(a, b))
 template<class F> EMU_INLINE emu::Float16<F> __hdiv(emu::Float16<F> a, emu::Float16<F> b) { return a / b; }
@@ -110,6 +113,7 @@ template<class F> EMU_INLINE bool __hisnan(emu::Float16<F> a) { return a != a; }
 #define EMU_H_MATH(NAME, FUNCTION) \
     template<class F> EMU_INLINE emu::Float16<F> h##NAME(emu::Float16<F> a) { return FUNCTION(a); } \
     template<class F> EMU_INLINE emu::Float16Pair<F> h2##NAME(emu::Float16Pair<F> a) { return {h##NAME(a.x), h##NAME(a.y)}; }
-EMU_H_MATH(exp, expf) EMU_H_MATH(exp2, exp2f) EMU_H_MATH(log, logf) EMU_H_MATH(log2, log2f) EMU_H_MATH(sqrt, sqrtf) EMU_H_MATH(rsqrt, rsqrtf)
-EMU_H_MATH(rcp, 1.0f / float) EMU_H_MATH(sin, sinf) EMU_H_MATH(cos, cosf) EMU_H_MATH(tanh, tanhf)
+EMU_H_MATH(exp, expf) EMU_H_MATH(exp2, exp2f) EMU_H_MATH(log, logf) EMU_H_MATH(log2, log2f)
+EMU_H_MATH(sqrt, sqrtf) EMU_H_MATH(rsqrt, rsqrtf) EMU_H_MATH(rcp, 1.0f / float)
+EMU_H_MATH(sin, sinf) EMU_H_MATH(cos, cosf) EMU_H_MATH(tanh, tanhf)
 EMU_H_MATH(floor, floorf) EMU_H_MATH(ceil, ceilf) EMU_H_MATH(rint, rintf)

@@ -1,8 +1,8 @@
 // nccl.h: NCCL between processes of one machine, through shared memory.
 //
-// Every rank has a slot in a file that all of them map. A collective goes chunk by chunk: each rank copies its part into its slot, waits for
-// the others, reads what it needs from their slots, and waits again before a slot is written anew. Sums are floats (or the integers
-// themselves) added in the order of the ranks and rounded once, so all ranks get the same bits in every run; a GPU's ring may round otherwise.
+// Every rank has a slot in a file that all of them map. A collective goes chunk by chunk: each rank copies its part into its slot, waits
+// for the others, reads what it needs from their slots, and waits again before a slot is written anew. Sums are floats (or the integers
+// themselves) added in the order of the ranks and rounded once: all ranks get the same bits in every run; a GPU's ring may round otherwise.
 //
 // What hangs on a GPU is reported here, and the process ends with code 1: ranks that call different collectives, or with different
 // counts, types, operations or roots; a rank that has ended (found through the lock that it holds on the file); a rank that has not come
@@ -107,11 +107,12 @@ inline void nccl_agree(ncclComm *comm, const NcclCall &call) {
     nccl_barrier(comm, call.name);
     for (int r = 0; r < comm->ranks; r++) {
         const NcclCall &other = comm->shared->rank[r].call[which];
-        if (strcmp(call.name, other.name) == 0 && call.count == other.count && call.type == other.type && call.op == other.op && call.root == other.root)
-            continue;
+        bool same_numbers = call.count == other.count && call.type == other.type && call.op == other.op && call.root == other.root;
+        if (same_numbers && strcmp(call.name, other.name) == 0) continue;
         char why[256];
         snprintf(why, sizeof why, "is at call %llu with %s count %zu type %d op %d root %d, this one with count %zu type %d op %d root %d",
-                 (unsigned long long)comm->calls, other.name, other.count, other.type, other.op, other.root, call.count, call.type, call.op, call.root);
+                 (unsigned long long)comm->calls, other.name, other.count, other.type, other.op, other.root,
+                 call.count, call.type, call.op, call.root);
         nccl_fail(comm, call.name, r, why);
     }
 }
@@ -151,10 +152,12 @@ inline std::vector<std::function<void()>> group_calls;
 // Queues a collective. Its data are `count` numbers for each of `parts` ranks in `send` (or none where send is NULL), handled in chunks:
 // a rank's slot then holds its parts' chunks one after the other, and read(first, n) takes what this rank needs of numbers
 // first.. first + n of every part.
-template <class Read> ncclResult_t nccl_collective(NcclCall call, const void *send, size_t parts, ncclComm *comm, cudaStream_t stream, Read read) {
+template <class Read>
+ncclResult_t nccl_collective(NcclCall call, const void *send, size_t parts, ncclComm *comm, cudaStream_t stream, Read read) {
     size_t size = nccl_bytes(call.type);
     if (comm == nullptr || size == 0 || call.op < ncclSum || call.op > ncclAvg || call.root < 0 || call.root >= comm->ranks) {
-        fprintf(stderr, "emu: %s: communicator %p, type %d, operation %d, root %d: invalid\n", call.name, (void *)comm, call.type, call.op, call.root);
+        fprintf(stderr, "emu: %s: communicator %p, type %d, operation %d, root %d: invalid\n", call.name, (void *)comm,
+                call.type, call.op, call.root);
         return ncclInvalidArgument;
     }
     auto work = [=] {
@@ -187,7 +190,8 @@ inline std::vector<const char *> nccl_parts(ncclComm *comm, size_t part, size_t 
 }
 
 inline const char *ncclGetErrorString(ncclResult_t result) {
-    const char *names[] = {"no error", "unhandled cuda error", "unhandled system error", "internal error", "invalid argument", "invalid usage", "remote error", "in progress"};
+    const char *names[] = {"no error", "unhandled cuda error", "unhandled system error", "internal error", "invalid argument",
+                           "invalid usage", "remote error", "in progress"};
     return names[result];
 }
 inline ncclResult_t ncclGetVersion(int *version) { return *version = NCCL_VERSION_CODE, ncclSuccess; }
@@ -206,7 +210,8 @@ inline ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     clock_gettime(CLOCK_REALTIME, &now);
     const char *directory = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
     memset(id, 0, sizeof *id);
-    snprintf(id->internal, sizeof id->internal, "%s/emu_nccl_%d_%d_%lld%09ld", directory, (int)getpid(), count++, (long long)now.tv_sec, now.tv_nsec);
+    snprintf(id->internal, sizeof id->internal, "%s/emu_nccl_%d_%d_%lld%09ld", directory, (int)getpid(), count++,
+             (long long)now.tv_sec, now.tv_nsec);
     return ncclSuccess;
 }
 // All ranks come here. The last one removes the file's name, so that nothing is left behind when the processes end.
@@ -219,7 +224,9 @@ inline ncclResult_t ncclCommInitRank(ncclComm_t *result, int ranks, ncclUniqueId
     int file = open(id.internal, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     struct flock lock = emu::nccl_lock(rank);
     if (file < 0 || ftruncate(file, (off_t)bytes) != 0 || fcntl(file, F_SETLK, &lock) != 0) {
-        fprintf(stderr, "emu: ncclCommInitRank: rank %d, file %s: %s\n", rank, id.internal, errno == EAGAIN || errno == EACCES ? "this rank is there already" : strerror(errno));
+        bool taken = errno == EAGAIN || errno == EACCES;
+        const char *why = taken ? "this rank is there already" : strerror(errno);
+        fprintf(stderr, "emu: ncclCommInitRank: rank %d, file %s: %s\n", rank, id.internal, why);
         return ncclSystemError;
     }
     char *memory = (char *)mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
@@ -242,21 +249,24 @@ inline ncclResult_t ncclCommCount(const ncclComm_t comm, int *count) { return *c
 inline ncclResult_t ncclCommUserRank(const ncclComm_t comm, int *rank) { return *rank = comm->rank, ncclSuccess; }
 
 // recv (count) on every rank = reduction of all ranks' send (count). In place: recv is send.
-inline ncclResult_t ncclAllReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
+inline ncclResult_t ncclAllReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
+                                  cudaStream_t stream) {
     size_t size = emu::nccl_bytes(type);
     return emu::nccl_collective({"ncclAllReduce", count, type, op, 0}, send, 1, comm, stream, [=](size_t first, size_t n) {
         emu::nccl_reduce((char *)recv + first * size, emu::nccl_parts(comm, 0, 0), n, type, op);
     });
 }
 // recv (count) on the root only
-inline ncclResult_t ncclReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t stream) {
+inline ncclResult_t ncclReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, int root, ncclComm_t comm,
+                               cudaStream_t stream) {
     size_t size = emu::nccl_bytes(type);
     return emu::nccl_collective({"ncclReduce", count, type, op, root}, send, 1, comm, stream, [=](size_t first, size_t n) {
         if (comm->rank == root) emu::nccl_reduce((char *)recv + first * size, emu::nccl_parts(comm, 0, 0), n, type, op);
     });
 }
 // recv (count) = reduction of part `rank` of all ranks' send (ranks, count). In place: recv is send + rank count.
-inline ncclResult_t ncclReduceScatter(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
+inline ncclResult_t ncclReduceScatter(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
+                                      cudaStream_t stream) {
     size_t size = emu::nccl_bytes(type), parts = comm ? comm->ranks : 1;
     return emu::nccl_collective({"ncclReduceScatter", count, type, op, 0}, send, parts, comm, stream, [=](size_t first, size_t n) {
         emu::nccl_reduce((char *)recv + first * size, emu::nccl_parts(comm, comm->rank, n * size), n, type, op);
@@ -270,7 +280,8 @@ inline ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, nc
     });
 }
 // recv (count) on every rank = send (count) of the root
-inline ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm, cudaStream_t stream) {
+inline ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
+                                  cudaStream_t stream) {
     size_t size = emu::nccl_bytes(type);
     const void *source = comm && comm->rank == root ? send : nullptr;
     return emu::nccl_collective({"ncclBroadcast", count, type, 0, root}, source, 1, comm, stream, [=](size_t first, size_t n) {

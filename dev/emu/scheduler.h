@@ -1,14 +1,18 @@
-// The scheduler: runs a grid on the CPU. A block runs on one OS thread; its CUDA threads are fibers that take turns there. OpenMP spreads blocks over cores.
+// The scheduler: runs a grid on the CPU. A block runs on one OS thread; its CUDA threads are fibers that take turns there.
+// OpenMP spreads the blocks over cores.
 //
-// A fiber takes the next thread that has not started yet whenever its own returns, so that a kernel without barriers runs as a plain loop on one fiber.
-// A thread that has to wait (barrier, warp collective) leaves its fiber suspended, and the next thread starts on another one.
-// Who goes first is free, as on a GPU, and a correct program's output does not depend on it. EMU_ORDER chooses: 0 forward, 1 backward (last thread first,
-// the thread that became ready last goes on first), n >= 2 the seed of a random order of blocks, warps and threads.
+// A fiber takes the next thread that has not started yet whenever its own returns, so that a kernel without barriers runs as a
+// plain loop on one fiber. A thread that has to wait (barrier, warp collective) leaves its fiber suspended, and the next thread
+// starts on another one. Who goes first is free, as on a GPU, and the output of a correct program does not depend on it.
+// EMU_ORDER chooses: 0 forward; 1 backward (the last thread starts first, the one that became ready last goes on first);
+// n >= 2 is the seed of a random order of blocks, warps and threads. Streams have orders too: see cuda_runtime.h.
 #pragma once
 #include "fiber.h"
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <algorithm>
 #include <atomic>
 #include <deque>
@@ -47,7 +51,10 @@ constexpr int kWarp = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarp;
 constexpr size_t kMaxDynamicShared = 227 << 10, kMaxStaticShared = 48 << 10;
 constexpr int kPoison = 0xff;                  // fills memory that was never written: NaN as float, half and bfloat16, -1 as an integer
 
-inline unsigned env_number(const char *name, unsigned otherwise) { const char *v = getenv(name); return v ? (unsigned)strtoul(v, nullptr, 10) : otherwise; }
+inline unsigned env_number(const char *name, unsigned otherwise) {
+    const char *value = getenv(name);
+    return value ? (unsigned)strtoul(value, nullptr, 10) : otherwise;
+}
 inline const unsigned order = env_number("EMU_ORDER", 0);
 
 struct Random {                                // xorshift64*
@@ -65,7 +72,8 @@ struct Grid {                                  // one launch
     void *arguments;
 };
 
-// ---- memory with guards: an access beyond either end is a fault (or ASan's report). The end lies as close to its guard page as the alignment permits.
+// ---- memory with guards: an access beyond either end is a fault (or ASan's report). The end lies as close to its guard page as
+// the alignment permits.
 #ifdef EMU_ASAN
 inline void *guarded_new(size_t bytes, size_t align) { void *p; return posix_memalign(&p, align, bytes) ? nullptr : p; }
 inline void guarded_delete(void *p, size_t, size_t) { free(p); }
@@ -94,7 +102,7 @@ struct Fiber : Context {
 struct Meeting {                               // where threads wait, for the reports
     const char *what = nullptr, *file = nullptr;
     int line = 0, waiting = 0;
-    int phase = 0;                             // flips at each completion: a fast thread may be at the next meeting while slow ones still read this one
+    int phase = 0;                             // flips at each completion: a fast thread may be at the next meeting while others still read
     char edge[2] = {};                         // addresses that stand for the phases' happens-before edges
 };
 struct Barrier : Meeting {
@@ -157,6 +165,12 @@ inline void begin_report() {
     if (reported.exchange(true)) for (;;) pause();         // another OS thread is at it and will end the program
     fflush(stdout);
 }
+[[noreturn]] inline void end_program() {
+#ifdef EMU_TSAN
+    syscall(SYS_exit_group, 1);                            // _exit would make TSan complain of threads that did not end
+#endif
+    _exit(1);
+}
 // One report ends the program, with exit code 1. In gdb: break emu::stop
 [[noreturn]] inline __attribute__((noinline, format(printf, 1, 2))) void stop(const char *format, ...) {
     char text[512];
@@ -167,24 +181,28 @@ inline void begin_report() {
     vfprintf(stderr, format, args);
     va_end(args);
     fprintf(stderr, "%s\n", place(text, sizeof text));
-    _exit(1);
+    end_program();
 }
 [[noreturn]] inline void report_deadlock() {
     Worker *w = worker;
     begin_report();
-    fprintf(stderr, "emu: error: deadlock in %s launched at %s:%d, block (%u,%u,%u): %d of %d threads have returned, no other can go on\n", w->grid->name,
-        w->grid->file, w->grid->line, blockIdx.x, blockIdx.y, blockIdx.z, w->returned, w->threads);
+    fprintf(stderr, "emu: error: deadlock in %s launched at %s:%d, block (%u,%u,%u): %d of %d threads have returned, no other can go on\n",
+            w->grid->name, w->grid->file, w->grid->line, blockIdx.x, blockIdx.y, blockIdx.z, w->returned, w->threads);
     const Barrier &b = w->barrier;
-    if (b.waiting) fprintf(stderr, "  %d threads (thread %d first) wait at %s, %s:%d\n", b.waiting, b.fiber[0]->thread, b.what, b.file, b.line);
+    if (b.waiting) {
+        fprintf(stderr, "  %d threads (thread %d first) wait at %s, %s:%d\n", b.waiting, b.fiber[0]->thread, b.what, b.file, b.line);
+    }
     for (int i = 0; i < kMaxWarps; i++) for (int k = 0; k < w->warps[i].used; k++) {
         const Group &g = *w->warps[i].groups[k];
-        if (g.waiting) fprintf(stderr, "  warp %d: lanes %08x of mask %08x wait at %s, %s:%d\n", i, g.arrived, g.mask, g.what, g.file, g.line);
+        if (!g.waiting) continue;
+        fprintf(stderr, "  warp %d: lanes %08x of mask %08x wait at %s, %s:%d\n", i, g.arrived, g.mask, g.what, g.file, g.line);
     }
-    _exit(1);
+    end_program();
 }
 
 // ---- who runs next
-EMU_INLINE void set_thread_index(Worker *w, int thread) {  // field by field: one wide load of three fresh narrow stores would stall (16 instead of 3 ns)
+// Field by field: one wide load of three fresh narrow stores would stall (16 instead of 3 ns).
+EMU_INLINE void set_thread_index(Worker *w, int thread) {
     const uint3 &t = w->index[thread];
     threadIdx.x = t.x; threadIdx.y = t.y; threadIdx.z = t.z;
 }
@@ -194,7 +212,8 @@ void fiber_main(void *fiber);
 inline Fiber *fresh_fiber(Worker *w) {
     Fiber *f;
 #ifdef EMU_TSAN
-    // Each CUDA thread is a thread of its own to TSan, on a stack whose past TSan forgets because it is mapped anew. The newest idle fiber may still be leaving.
+    // Each CUDA thread is a thread of its own to TSan, on a stack whose past TSan forgets because it is mapped anew. The newest idle
+    // fiber is left alone: it may still be leaving.
     if (w->idle.size() > 1) {
         f = w->idle.front();
         w->idle.erase(w->idle.begin());
@@ -270,8 +289,8 @@ inline int block_barrier(bool vote, const char *what, const char *file, int line
     int phase = b.phase;
     if (!b.waiting) { b.what = what; b.file = file; b.line = line; }
     else if (b.line != line || strcmp(b.file, file)) {
-        stop("divergent barrier: thread %d waits at %s, %s:%d, while thread %d has come to %s, %s:%d", b.fiber[0]->thread, b.what, b.file, b.line,
-            w->current->thread, what, file, line);
+        stop("divergent barrier: thread %d waits at %s, %s:%d, while thread %d has come to %s, %s:%d", b.fiber[0]->thread, b.what, b.file,
+             b.line, w->current->thread, what, file, line);
     }
     b.votes += vote;
     happens_before(&b.edge[phase]);
@@ -296,7 +315,8 @@ EMU_INLINE Group &find_group(Warp &warp, uint32_t mask) {
 }
 EMU_INLINE int lane_id() { return worker->current->thread % kWarp; }
 // The one primitive under all warp collectives: the lanes of mask meet, each gives a value, all see all values.
-template<class T> inline Lanes &meet(uint32_t mask, const T &value, const char *what, const char *file, int line, bool orders_memory = false) {
+template<class T> inline Lanes &meet(uint32_t mask, const T &value, const char *what, const char *file, int line,
+                                     bool orders_memory = false) {
     static_assert(sizeof(T) <= 64, "a lane may give 64 bytes at most");
     Unwatched u;
     Worker *w = worker;
@@ -320,7 +340,8 @@ template<class T> inline Lanes &meet(uint32_t mask, const T &value, const char *
     return lanes;
 }
 // The same, but a function of all values is wanted: the first lane to go on computes f(lanes) for all.
-template<class R, class T, class F> inline const R &meet_and_compute(uint32_t mask, const T &value, F f, const char *what, const char *file, int line) {
+template<class R, class T, class F> inline const R &meet_and_compute(uint32_t mask, const T &value, F f, const char *what,
+                                                                     const char *file, int line) {
     static_assert(sizeof(R) <= sizeof(Lanes::result));
     Lanes &lanes = meet(mask, value, what, file, line);
     Unwatched u;
@@ -331,9 +352,16 @@ template<class R, class T, class F> inline const R &meet_and_compute(uint32_t ma
 // ---- the life of a CUDA thread
 inline void finish_copy(const AsyncCopy &c) { if (c.valid) memcpy(c.to, c.from, 16); else memset(c.to, 0, 16); }
 inline void finish_copies(Fiber *f, int groups) {         // performs the cp.async copies of the first `groups` committed groups
-    size_t n = 0;
-    for (; n < f->copies.size() && f->copies[n].group < groups; n++) finish_copy(f->copies[n]);
-    f->copies.erase(f->copies.begin(), f->copies.begin() + n);
+    for (;;) {
+        AsyncCopy c;
+        {
+            Unwatched u;
+            if (f->copies.empty() || f->copies.front().group >= groups) return;
+            c = f->copies.front();
+            f->copies.erase(f->copies.begin());
+        }
+        finish_copy(c);
+    }
 }
 inline void thread_returned(Worker *w, Fiber *f) {
     w->returned++;
@@ -357,7 +385,10 @@ EMU_NO_TSAN inline void fiber_main(void *fiber) {
             happens_after(&w->launch_edge);
             w->grid->body(w->grid->arguments);
             Unwatched u;
-            if (__builtin_expect(self->copy_groups || !self->copies.empty(), 0)) { finish_copies(self, self->copy_groups + 1); self->copy_groups = 0; }
+            if (__builtin_expect(self->copy_groups || !self->copies.empty(), 0)) {
+                finish_copies(self, self->copy_groups + 1);
+                self->copy_groups = 0;
+            }
             happens_before(&w->return_edge);
             happens_before(&w->barrier.edge[0]);
             happens_before(&w->barrier.edge[1]);
@@ -388,6 +419,11 @@ inline Worker *get_worker() {
 #ifdef EMU_TSAN
     w->main.tsan_fiber = __tsan_get_current_fiber();
 #endif
+    static __thread char handler_stack[1 << 16];           // for the report of a CUDA thread whose own stack is full
+    stack_t handler = {};
+    handler.ss_sp = handler_stack;
+    handler.ss_size = sizeof handler_stack;
+    sigaltstack(&handler, nullptr);
     return w;
 }
 // A static __shared__ variable: memory of its own, poisoned when a block first comes to the declaration.
@@ -402,7 +438,7 @@ template<class T> struct Shared {
     __attribute__((noinline)) void fresh(const char *name) {
         Unwatched u;
 #ifdef EMU_TSAN
-        if (memory) guarded_delete(memory, sizeof(T), 16);       // to TSan, another block's shared memory is another memory
+        if (memory) guarded_delete(memory, sizeof(T), 16);       // see run_block
         memory = nullptr;
 #endif
         if (!memory) {
@@ -414,6 +450,11 @@ template<class T> struct Shared {
     }
 };
 inline void *dynamic_shared() { return worker->dynamic_shared; }
+inline void new_dynamic_shared(Worker *w, size_t bytes) {
+    if (w->dynamic_bytes) guarded_delete(w->dynamic_shared, w->dynamic_bytes, 16);
+    w->dynamic_shared = bytes ? guarded_new(bytes, 16) : nullptr;
+    w->dynamic_bytes = bytes;
+}
 
 inline void run_block(Worker *w, const Grid &k, size_t block) {
     int n = w->threads;
@@ -423,7 +464,7 @@ inline void run_block(Worker *w, const Grid &k, size_t block) {
     if (order >= 2) {
         w->random = Random((order * 1000003ull + w->launch_serial) * 1000003ull + block);     // whatever the number of OS threads
         w->policy = (Worker::Policy)(w->random() % 3);
-        unsigned turn = (unsigned)(w->random() % n) / kWarp * kWarp;              // start with a random warp, or all threads in random order
+        unsigned turn = (unsigned)(w->random() % n) / kWarp * kWarp;              // start with any warp, or all threads in random order
         for (int i = 0; i < n; i++) w->start_order[i] = (uint16_t)((i + turn) % n);
         if (w->random() & 1) for (int i = n - 1; i > 0; i--) std::swap(w->start_order[i], w->start_order[w->random() % (i + 1)]);
     }
@@ -432,13 +473,14 @@ inline void run_block(Worker *w, const Grid &k, size_t block) {
         warp.returned = n - i >= kWarp ? 0 : ~0u << (n - i);                      // lanes that the block does not have
         warp.used = 0;
     }
-    if (k.shared_bytes) memset(w->dynamic_shared, kPoison, k.shared_bytes);
 #ifdef EMU_TSAN
+    new_dynamic_shared(w, k.shared_bytes);     // to TSan, another block's shared memory is another memory
     auto &q = w->tsan_fibers;                  // made here, because a thread knows what its maker knows
     while (q.size() + n > 3000) { __tsan_destroy_fiber(q.front()); q.pop_front(); }
     for (int i = 0; i < n; i++) q.push_back(__tsan_create_fiber(0));
     w->tsan_next = 0;
 #endif
+    if (k.shared_bytes) memset(w->dynamic_shared, kPoison, k.shared_bytes);
     w->current = fresh_fiber(w);
     context_switch(w->main, *w->current);
 }
@@ -454,11 +496,7 @@ inline void prepare_worker(Worker *w, const Grid &k, size_t serial) {
         w->index[i] = {x, y, z};
         w->start_order[i] = (uint16_t)(order == 1 ? w->threads - 1 - i : i);
     }
-    if (k.shared_bytes != w->dynamic_bytes) {
-        if (w->dynamic_bytes) guarded_delete(w->dynamic_shared, w->dynamic_bytes, 16);
-        w->dynamic_shared = k.shared_bytes ? guarded_new(k.shared_bytes, 16) : nullptr;
-        w->dynamic_bytes = k.shared_bytes;
-    }
+    if (k.shared_bytes != w->dynamic_bytes) new_dynamic_shared(w, k.shared_bytes);
     happens_before(&w->launch_edge);
 }
 inline void run_grid(const Grid &k) {

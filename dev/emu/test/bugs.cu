@@ -1,5 +1,6 @@
 // bugs.cu: one planted bug of each kind that the emulator finds, and its correct twin.   build/bugs CASE bug|fixed
-// bugs.sh runs every case with the tool that must report it, and the twin, which must stay silent. It finds lines by the words after "line:".
+// bugs.sh runs every case with the tool that must report it, and the twin, which must stay silent.
+// It finds lines by the words after "line:".
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -15,7 +16,7 @@ typedef void Kernel(float *out, const float *in, int n, bool fixed);
 
 // ---- memory errors: the address sanitizer
 __global__ void global_read_beyond(float *out, const float *in, int n, bool fixed) {
-    int i = threadIdx.x + 1;
+    int i = threadIdx.x + N + 1;
     out[threadIdx.x] = fixed && i >= n ? 0 : in[i];                     // line: global_read_beyond
 }
 __global__ void global_write_before(float *out, const float *in, int, bool fixed) {
@@ -64,8 +65,10 @@ __global__ void index_overflow(float *out, const float *in, int n, bool fixed) {
     size_t i = fixed ? (size_t)rows * (n * 8) : (size_t)(rows * (n * 8));       // line: index_overflow
     out[threadIdx.x] = in[i % N];
 }
-__global__ void set_ones(float *out, const float *, int, bool) {
-    out[threadIdx.x] = 1;                                               // line: use_after_free
+__global__ void set_ones(float *out, const float *, int, bool) { out[threadIdx.x] = 1; }
+struct Hidden { float *p; };
+__global__ void set_hidden(Hidden hidden) {
+    hidden.p[threadIdx.x] = 1;                                          // line: use_after_free_hidden
 }
 
 // ---- memory that was never written: NaN
@@ -88,7 +91,7 @@ __global__ void no_barrier_previous(float *out, const float *in, int, bool fixed
     __shared__ float s[N];
     s[threadIdx.x] = in[threadIdx.x];
     if (fixed) __syncthreads();
-    out[threadIdx.x] = s[threadIdx.x > 0 ? threadIdx.x - 1 : 0];        // right in forward order
+    out[threadIdx.x] = s[threadIdx.x > 0 ? threadIdx.x - 1 : 0];        // right in forward order; line: no_barrier_previous
 }
 __global__ void no_barrier_next(float *out, const float *in, int, bool fixed) {
     __shared__ float s[N];
@@ -100,7 +103,7 @@ __global__ void no_barrier_before_reuse(float *out, const float *in, int, bool f
     __shared__ float s[N];
     float sum = 0;
     for (int i = 0; i < 4; i++) {
-        s[threadIdx.x] = in[threadIdx.x] + i;
+        s[threadIdx.x] = in[threadIdx.x] + i;                           // line: no_barrier_before_reuse
         __syncthreads();
         sum += s[(threadIdx.x + 37) % N];
         if (fixed) __syncthreads();
@@ -116,7 +119,7 @@ __global__ void no_barrier_between_reductions(float *out, const float *in, int, 
     float total = 0;
     for (int i = 0; i < 3; i++) {
         float x = warp_sum(in[threadIdx.x] * (i + 1));
-        if (threadIdx.x % 32 == 0) s[threadIdx.x / 32] = x;
+        if (threadIdx.x % 32 == 0) s[threadIdx.x / 32] = x;             // line: no_barrier_between_reductions
         __syncthreads();
         total += warp_sum(threadIdx.x % 32 < N / 32 ? s[threadIdx.x % 32] : 0);
         if (fixed) __syncthreads();         // or a fast warp overwrites s while a slow one still reads it
@@ -125,7 +128,7 @@ __global__ void no_barrier_between_reductions(float *out, const float *in, int, 
 }
 __global__ void no_barrier_after_broadcast(float *out, const float *in, int, bool fixed) {
     __shared__ float s;
-    if (threadIdx.x == 64) s = in[64];
+    if (threadIdx.x == 64) s = in[64];                                  // line: no_barrier_after_broadcast
     if (fixed) __syncthreads();
     out[threadIdx.x] = s;
 }
@@ -133,10 +136,12 @@ __global__ void no_syncwarp(float *out, const float *in, int, bool fixed) {
     __shared__ float s[N];
     s[threadIdx.x] = in[threadIdx.x];
     if (fixed) __syncwarp();
-    out[threadIdx.x] = s[threadIdx.x ^ 5];
+    out[threadIdx.x] = s[threadIdx.x ^ 5];                              // line: no_syncwarp
 }
-__global__ void block_reads_block(float *out, const float *in, int, bool fixed) {       // blocks run in any order; two launches are the cure
-    if (threadIdx.x == 0) out[blockIdx.x] = in[blockIdx.x] + (fixed || blockIdx.x == 0 ? 0 : out[blockIdx.x - 1]);
+// blocks run in any order; two launches are the cure
+__global__ void block_reads_block(float *out, const float *in, int, bool fixed) {
+    if (threadIdx.x > 0) return;
+    out[blockIdx.x] = in[blockIdx.x] + (fixed || blockIdx.x == 0 ? 0 : out[blockIdx.x - 1]);       // line: block_reads_block
 }
 __global__ void double_buffer(float *out, const float *in, int n, bool fixed) {
     __shared__ __align__(16) float s[2][N];
@@ -265,20 +270,24 @@ bool run_host(const char *name, bool fixed, Buffers &b) {
     } else if (is("use_after_free")) {
         float *p = b.extra;
         if (!fixed) cudaFree(p), b.extra = NULL;
-        set_ones<<<1, N>>>(p, b.in, N, fixed);
+        set_ones<<<1, N>>>(p, b.in, N, fixed);                                  // line: use_after_free
+    } else if (is("use_after_free_hidden")) {   // the launch cannot see the pointer
+        float *p = b.extra;
+        if (!fixed) cudaFree(p), b.extra = NULL;
+        set_hidden<<<1, N>>>(Hidden{p});
     } else if (is("copy_beyond")) {
         std::vector<float> large(2 * N, 1.0f);
         cudaMemcpy(b.out, large.data(), fixed ? bytes : 2 * bytes, cudaMemcpyHostToDevice);     // line: copy_beyond
     } else if (is("copy_wrong_way")) {
-        cudaMemcpy(b.out, b.pinned, bytes, fixed ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost);
+        cudaMemcpy(b.out, b.pinned, bytes, fixed ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost);    // line: copy_wrong_way
     } else if (is("freed_twice")) {
         cudaFree(b.extra);
-        if (!fixed) cudaFree(b.extra);
+        if (!fixed) cudaFree(b.extra);                                          // line: freed_twice
         b.extra = NULL;
     } else if (is("leak")) {
         if (!fixed) b.extra = NULL;
     } else if (is("host_pointer")) {
-        set_ones<<<1, N>>>(fixed ? b.out : b.result.data(), b.in, N, fixed);
+        set_ones<<<1, N>>>(fixed ? b.out : b.result.data(), b.in, N, fixed);    // line: host_pointer
     } else if (is("launch_too_many_threads")) {
         set_ones<<<1, fixed ? N : 1025>>>(b.out, b.in, N, fixed);               // line: launch_too_many_threads
     } else if (is("launch_empty_grid")) {
@@ -331,7 +340,8 @@ int main(int argc, char **argv) {
     b.result.assign(N, 0.0f);
     std::vector<float> in(2 * N);
     for (int i = 0; i < 2 * N; i++) in[i] = (float)(i * 37 % 101);
-    cudaMalloc(&b.out, N * sizeof(float)), cudaMalloc(&b.in, 2 * N * sizeof(float)), cudaMalloc(&b.extra, N * sizeof(float));
+    cudaMalloc(&b.out, N * sizeof(float)), cudaMalloc(&b.in, 2 * N * sizeof(float));
+    cudaMalloc(&b.extra, N * sizeof(float));        // line: leak
     cudaMallocHost(&b.pinned, N * sizeof(float));
     for (int i = 0; i < N; i++) b.pinned[i] = 0;
     cudaMemcpy(b.in, in.data(), 2 * N * sizeof(float), cudaMemcpyHostToDevice);

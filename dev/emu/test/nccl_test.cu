@@ -51,7 +51,8 @@ void test_good(const char *what, int ranks, RankTest *test) {
 void test_reported(const char *what, int ranks, RankTest *test, int good, const char *report) {
     std::string said;
     int as_expected = run_ranks(ranks, test, &said);
-    size_t end = said.find('\n', said.find(report) == std::string::npos ? 0 : said.find(report)), begin = said.rfind('\n', end ? end - 1 : 0) + 1;
+    size_t end = said.find('\n', said.find(report) == std::string::npos ? 0 : said.find(report)),
+        begin = said.rfind('\n', end ? end - 1 : 0) + 1;
     check(as_expected == good && said.find(report) != std::string::npos, "%s: %s", what, said.substr(begin, end - begin).c_str());
 }
 
@@ -69,7 +70,8 @@ template <class T> T *upload(const std::vector<T> &v) {
 template <class T> T make(float x) { return (T)x; }
 template <> __nv_bfloat16 make<__nv_bfloat16>(float x) { return __float2bfloat16(x); }
 template <> __half make<__half>(float x) { return __float2half(x); }
-float number(int rank, size_t i) { return (float)((i * 7 + (size_t)rank * 5) % 6 + 1); }       // small: sums and products of 3 are exact in every type
+// small: sums and products of 3 are exact in every type
+float number(int rank, size_t i) { return (float)((i * 7 + (size_t)rank * 5) % 6 + 1); }
 
 float reduced(ncclRedOp_t op, int ranks, size_t i) {
     float r = number(0, i);
@@ -88,7 +90,8 @@ template <class T> bool collectives(ncclComm_t comm, int rank, int ranks, ncclDa
     auto holds = [&](T *p, size_t count, auto expected) {
         std::vector<T> v = download(p, count);
         for (size_t i = 0; i < count; i++) if (!((float)v[i] == (float)make<T>(expected(i)))) {
-            if (ok) fprintf(stderr, "type %d op %d count %zu: at %zu %g, should be %g\n", type, op, n, i, (double)(float)v[i], (double)expected(i));
+            if (ok) fprintf(stderr, "type %d op %d count %zu: at %zu %g, should be %g\n", type, op, n, i, (double)(float)v[i],
+                (double)expected(i));
             ok = false;
         }
     };
@@ -132,12 +135,15 @@ bool floats(ncclComm_t comm, int rank, int ranks) {
     return ok;
 }
 bool other_types(ncclComm_t comm, int rank, int ranks) {
-    return collectives<__nv_bfloat16>(comm, rank, ranks, ncclBfloat16, ncclSum, 37) && collectives<__nv_bfloat16>(comm, rank, ranks, ncclBfloat16, ncclAvg, 8) &&
+    return collectives<__nv_bfloat16>(comm, rank, ranks, ncclBfloat16, ncclSum, 37) &&
+        collectives<__nv_bfloat16>(comm, rank, ranks, ncclBfloat16, ncclAvg, 8) &&
            collectives<__half>(comm, rank, ranks, ncclHalf, ncclMax, 37) && collectives<int>(comm, rank, ranks, ncclInt32, ncclSum, 37) &&
-           collectives<int64_t>(comm, rank, ranks, ncclInt64, ncclMin, 37) && collectives<uint8_t>(comm, rank, ranks, ncclUint8, ncclSum, 37);
+           collectives<int64_t>(comm, rank, ranks, ncclInt64, ncclMin, 37) &&
+               collectives<uint8_t>(comm, rank, ranks, ncclUint8, ncclSum, 37);
 }
 bool sizes(ncclComm_t comm, int rank, int ranks) {
-    return collectives<float>(comm, rank, ranks, ncclFloat, ncclSum, 0) && collectives<float>(comm, rank, ranks, ncclFloat, ncclSum, 600001) &&
+    return collectives<float>(comm, rank, ranks, ncclFloat, ncclSum, 0) &&
+        collectives<float>(comm, rank, ranks, ncclFloat, ncclSum, 600001) &&
            collectives<uint8_t>(comm, rank, ranks, ncclUint8, ncclMax, 1) && collectives<float>(comm, rank, ranks, ncclFloat, ncclSum, 0);
 }
 // 1 + 2^-30 + 2^-30 ...: sums depend on the order, which is that of the ranks; bf16 is rounded once
@@ -211,8 +217,10 @@ bool one_is_late(ncclComm_t comm, int rank, int) {
 }
 bool bad_arguments(ncclComm_t comm, int, int ranks) {
     float *p = upload(std::vector<float>(8, 1.0f));
-    bool ok = ncclBroadcast(p, p, 8, ncclFloat, ranks, comm, 0) == ncclInvalidArgument && ncclAllReduce(p, p, 8, (ncclDataType_t)77, ncclSum, comm, 0) == ncclInvalidArgument &&
-              ncclAllReduce(p, p, 8, ncclFloat, (ncclRedOp_t)9, comm, 0) == ncclInvalidArgument && ncclAllReduce(p, p, 8, ncclFloat, ncclSum, NULL, 0) == ncclInvalidArgument;
+    bool ok = ncclBroadcast(p, p, 8, ncclFloat, ranks, comm, 0) == ncclInvalidArgument &&
+        ncclAllReduce(p, p, 8, (ncclDataType_t)77, ncclSum, comm, 0) == ncclInvalidArgument &&
+              ncclAllReduce(p, p, 8, ncclFloat, (ncclRedOp_t)9, comm, 0) == ncclInvalidArgument &&
+                  ncclAllReduce(p, p, 8, ncclFloat, ncclSum, NULL, 0) == ncclInvalidArgument;
     OK(cudaFree(p));
     return ok;
 }

@@ -30,7 +30,8 @@ template <class T> struct Array {
     T *p;
     size_t n;
     Array(size_t n_) : n(n_) { OK(cudaMalloc(&p, n * sizeof(T))); OK(cudaMemset(p, 0, n * sizeof(T))); }
-    Array(const std::vector<T> &v) : n(v.size()) { OK(cudaMalloc(&p, n * sizeof(T))); OK(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice)); }
+    Array(const std::vector<T> &v) : n(v.size()) { OK(cudaMalloc(&p, n * sizeof(T)));
+        OK(cudaMemcpy(p, v.data(), n * sizeof(T), cudaMemcpyHostToDevice)); }
     Array(const Array &) = delete;
     ~Array() { cudaFree(p); }
     std::vector<T> host() const {
@@ -70,7 +71,8 @@ __global__ void by_value(Pair pair) { pair.second[threadIdx.x] = (float)pair.fir
 void test_launches(void) {
     Array<int> a(8 * 24);
     write_indices<<<dim3(2, 2, 2), dim3(4, 3, 2)>>>(a.p);
-    check(equal<int>(a, [](size_t i) { return i % 4 + 10 * (i % 12 / 4) + 100 * (i % 24 / 12) + 1000 * (i / 24); }), "three-dimensional indices");
+    check(equal<int>(a, [](size_t i) { return i % 4 + 10 * (i % 12 / 4) + 100 * (i % 24 / 12) + 1000 * (i / 24); }),
+        "three-dimensional indices");
     Array<float> f(64);
     fill<float><<<2, 32>>>(f.p, 3.0f, 50);
     check(equal<float>(f, [](size_t i) { return i < 50 ? 3.0f : 0.0f; }), "template kernel, arguments given");
@@ -171,7 +173,8 @@ __global__ void leave_early(int *out, int n) {
     out[i] = s[threadIdx.x ^ 1];
 }
 __global__ void vote_in_block(int *out) {
-    int count = __syncthreads_count(threadIdx.x % 3 == 0), all = __syncthreads_and(threadIdx.x < 70), any = __syncthreads_or(threadIdx.x == 69);
+    int count = __syncthreads_count(threadIdx.x % 3 == 0), all = __syncthreads_and(threadIdx.x < 70),
+        any = __syncthreads_or(threadIdx.x == 69);
     if (threadIdx.x == 33) out[0] = count, out[1] = all, out[2] = any;
 }
 __global__ void large_frame(float *out) {
@@ -222,8 +225,10 @@ enum : unsigned { FULL = 0xffffffffu };
 __global__ void shuffle_all(int *out) {
     int lane = threadIdx.x % 32, x = 100 * (threadIdx.x / 32) + lane;
     int *o = out + threadIdx.x * 8;
-    o[0] = __shfl_sync(FULL, x, 5), o[1] = __shfl_up_sync(FULL, x, 3), o[2] = __shfl_down_sync(FULL, x, 3), o[3] = __shfl_xor_sync(FULL, x, 9);
-    o[4] = __shfl_sync(FULL, x, 5, 8), o[5] = __shfl_up_sync(FULL, x, 3, 8), o[6] = __shfl_down_sync(FULL, x, 3, 8), o[7] = __shfl_sync(FULL, x, 37);
+    o[0] = __shfl_sync(FULL, x, 5), o[1] = __shfl_up_sync(FULL, x, 3), o[2] = __shfl_down_sync(FULL, x, 3),
+        o[3] = __shfl_xor_sync(FULL, x, 9);
+    o[4] = __shfl_sync(FULL, x, 5, 8), o[5] = __shfl_up_sync(FULL, x, 3, 8), o[6] = __shfl_down_sync(FULL, x, 3, 8),
+        o[7] = __shfl_sync(FULL, x, 37);
 }
 int shuffle_expected(size_t at) {
     int t = (int)at / 8, lane = t % 32, base = t - lane, from = lane, group = lane / 8 * 8;
@@ -256,9 +261,11 @@ __global__ void leave_warp(int *out) {          // lanes that have returned are 
 __global__ void vote(unsigned *out) {
     unsigned b = __ballot_sync(FULL, threadIdx.x % 3 == 0);
     int all = __all_sync(FULL, threadIdx.x < 32), any = __any_sync(FULL, threadIdx.x == 7);
-    unsigned sum = __reduce_add_sync(FULL, threadIdx.x), most = __reduce_max_sync(FULL, threadIdx.x), either = __reduce_or_sync(FULL, 1u << threadIdx.x);
+    unsigned sum = __reduce_add_sync(FULL, threadIdx.x), most = __reduce_max_sync(FULL, threadIdx.x),
+        either = __reduce_or_sync(FULL, 1u << threadIdx.x);
     unsigned same = __match_any_sync(FULL, threadIdx.x / 4);
-    if (threadIdx.x == 9) out[0] = b, out[1] = all, out[2] = any, out[3] = sum, out[4] = most, out[5] = either, out[6] = same, out[7] = __activemask();
+    if (threadIdx.x == 9) out[0] = b, out[1] = all, out[2] = any, out[3] = sum, out[4] = most, out[5] = either, out[6] = same,
+        out[7] = __activemask();
 }
 __global__ void shuffle_types(double *d, long long *l, float *f) {
     d[threadIdx.x] = __shfl_xor_sync(FULL, 0.5 + threadIdx.x, 1);
@@ -295,7 +302,8 @@ void test_warps(void) {
     Array<unsigned> v(8);
     vote<<<1, 32>>>(v.p);
     std::vector<unsigned> r = v.host();
-    check(r[0] == 0x49249249u && r[1] && r[2] && r[3] == 496 && r[4] == 31 && r[5] == ~0u && r[6] == 0xf00u, "ballot, all, any, reduce, match");
+    check(r[0] == 0x49249249u && r[1] && r[2] && r[3] == 496 && r[4] == 31 && r[5] == ~0u && r[6] == 0xf00u,
+        "ballot, all, any, reduce, match");
     Array<double> d(32);
     Array<long long> l(32);
     Array<float> f(32);
@@ -317,7 +325,8 @@ __global__ void use_symbols(float *out) {
 }
 __global__ void use_atomics(int *i, unsigned *u, float *f, unsigned long long *l) {
     int t = threadIdx.x + blockIdx.x * blockDim.x;
-    atomicAdd(&i[0], t), atomicSub(&i[1], 1), atomicMax(&i[2], t), atomicMin(&i[3], -t), atomicExch(&i[4], 5), atomicAnd(&i[5], ~(1 << t % 8)), atomicOr(&i[6], 1 << t % 8);
+    atomicAdd(&i[0], t), atomicSub(&i[1], 1), atomicMax(&i[2], t), atomicMin(&i[3], -t), atomicExch(&i[4], 5),
+        atomicAnd(&i[5], ~(1 << t % 8)), atomicOr(&i[6], 1 << t % 8);
     atomicInc(&u[0], 9);        // counts 0 1 ... 9 0 1 ...
     atomicAdd(&f[0], 0.5f), atomicAdd(&l[0], 1ull << 33);
     for (int old = i[7], seen; ; old = seen) {      // the compare-and-swap loop
@@ -332,7 +341,7 @@ __global__ void sum_last_block(float *total, float *partial, unsigned *arrived, 
     s[threadIdx.x] = in[blockIdx.x * 64 + threadIdx.x];
     for (int k = 32; k > 0; k /= 2) {
         __syncthreads();
-        if (threadIdx.x < k) s[threadIdx.x] += s[threadIdx.x + k];
+        if ((int)threadIdx.x < k) s[threadIdx.x] += s[threadIdx.x + k];
     }
     if (threadIdx.x == 0) {
         partial[blockIdx.x] = s[0];
@@ -342,7 +351,7 @@ __global__ void sum_last_block(float *total, float *partial, unsigned *arrived, 
     __syncthreads();
     if (is_last && threadIdx.x == 0) {
         float sum = 0;
-        for (int b = 0; b < gridDim.x; b++) sum += ((volatile float *)partial)[b];
+        for (unsigned b = 0; b < gridDim.x; b++) sum += ((volatile float *)partial)[b];
         *total = sum;
     }
 }
@@ -367,7 +376,8 @@ void test_memory(void) {
     Array<unsigned long long> l(1);
     use_atomics<<<4, 32>>>(i.p, u.p, g.p, l.p);
     std::vector<int> r = i.host();
-    check(r[0] == 8128 && r[1] == -128 && r[2] == 127 && r[3] == -127 && r[4] == 5 && r[5] == 0 && r[6] == 255 && r[7] == 384, "integer atomics");
+    check(r[0] == 8128 && r[1] == -128 && r[2] == 127 && r[3] == -127 && r[4] == 5 && r[5] == 0 && r[6] == 255 && r[7] == 384,
+        "integer atomics");
     check(u.host()[0] == 8 && g.host()[0] == 64.0f && l.host()[0] == 128ull << 33, "atomicInc, float, 64 bit");
     Array<float> in(std::vector<float>(64 * 50, 1.0f)), partial(50), total(1);
     Array<unsigned> arrived(1);
@@ -412,7 +422,8 @@ uint16_t round_by_rule(float x, int mantissa, int least_exponent, double largest
 __global__ void bf16_math(float *out) {
     bf16 a = __float2bfloat16(1.5f), b = __float2bfloat16(0.25f), c = __float2bfloat16(-3.0f);
     __nv_bfloat162 p = __floats2bfloat162_rn(1.0f, 2.0f), q = __bfloat162bfloat162(a);
-    out[0] = __bfloat162float(a + b), out[1] = (float)(a * c), out[2] = __bfloat162float(__hmul(a, b)), out[3] = __bfloat162float(__hfma(a, b, c));
+    out[0] = __bfloat162float(a + b), out[1] = (float)(a * c), out[2] = __bfloat162float(__hmul(a, b)),
+        out[3] = __bfloat162float(__hfma(a, b, c));
     float2 s = __bfloat1622float2(__hadd2(p, q));
     out[4] = s.x, out[5] = s.y, out[6] = a > b, out[7] = sizeof(p);
     out[8] = __half2float(__hadd(__float2half(1.5f), __float2half(2.25f))), out[9] = __low2float(p);
@@ -423,15 +434,18 @@ void test_numbers(void) {
     Array<float> scalars(std::vector<float>{100, 200});
     use_vectors<<<1, 1>>>(out.p, in.p, scalars.p);
     std::vector<float4> v = out.host();
-    check(v[0].x == 111 && v[0].y == 222 && v[0].z == 36 && v[0].w == 48 && v[1].x == 1 && v[1].y == 2 && v[1].z == 3 && v[1].w == 9, "vector types, cache hints");
+    check(v[0].x == 111 && v[0].y == 222 && v[0].z == 36 && v[0].w == 48 && v[1].x == 1 && v[1].y == 2 && v[1].z == 3 && v[1].w == 9,
+        "vector types, cache hints");
     check(sizeof(float3) == 12 && alignof(float4) == 16 && alignof(float2) == 8 && sizeof(bf16) == 2, "sizes and alignments of vectors");
 
-    std::vector<float> numbers = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 3.4e38f, -3.4e38f, 65504.0f, 65519.9f, 65520.0f, 1e-45f, 1e-40f, 6e-8f, 2.9e-8f, 3e-8f};
+    std::vector<float> numbers = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 3.4e38f, -3.4e38f, 65504.0f, 65519.9f, 65520.0f, 1e-45f, 1e-40f,
+        6e-8f, 2.9e-8f, 3e-8f};
     uint32_t seed = 1;
     for (int exponent = 0; exponent < 255; exponent++)
         for (int k = 0; k < 40; k++) {
             seed = seed * 1664525u + 1013904223u;
-            uint32_t low = k % 4 == 0 ? 0x8000 : k % 4 == 1 ? 0x1000 : k % 4 == 2 ? (seed & 0xfff) : (0x8000 + (seed >> 31) * 2 - 1);      // ties and near ties
+            // ties and near ties
+            uint32_t low = k % 4 == 0 ? 0x8000 : k % 4 == 1 ? 0x1000 : k % 4 == 2 ? (seed & 0xfff) : (0x8000 + (seed >> 31) * 2 - 1);
             uint32_t bits = (seed & 0x80000000u) | (uint32_t)exponent << 23 | ((seed >> 8) & 0x7f0000u) | ((seed >> 3) & 0xe000u) | low;
             float x;
             memcpy(&x, &bits, 4);
@@ -443,8 +457,10 @@ void test_numbers(void) {
     round_all<<<(n + 255) / 256, 256>>>(rounded.p, device_numbers.p, n);
     std::vector<uint16_t> r = rounded.host();
     for (int i = 0; i < n; i++) {
-        bad_bf16 += r[2 * i] != round_by_rule(numbers[i], 7, -126, 3.3895313892515355e38, 0x7f80) || r[2 * i] != __bfloat16_as_ushort(__float2bfloat16(numbers[i]));
-        bad_half += r[2 * i + 1] != round_by_rule(numbers[i], 10, -14, 65504, 0x7c00) || r[2 * i + 1] != __half_as_ushort(__float2half(numbers[i]));
+        bad_bf16 += r[2 * i] != round_by_rule(numbers[i], 7, -126, 3.3895313892515355e38, 0x7f80) ||
+            r[2 * i] != __bfloat16_as_ushort(__float2bfloat16(numbers[i]));
+        bad_half += r[2 * i + 1] != round_by_rule(numbers[i], 10, -14, 65504, 0x7c00) ||
+            r[2 * i + 1] != __half_as_ushort(__float2half(numbers[i]));
     }
     check(bad_bf16 == 0, "bf16: nearest, ties to even, for %d numbers: %d differ", n, bad_bf16);
     check(bad_half == 0, "half: nearest, ties to even, for %d numbers: %d differ", n, bad_half);
@@ -545,10 +561,12 @@ void test_streams(void) {
 #else
 __device__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ void ldmatrix_x4(uint32_t (&r)[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]),
+        "=r"(r[3]) : "r"(shared_address(row)));
 }
 __device__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void *row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]),
+        "=r"(r[3]) : "r"(shared_address(row)));
 }
 __device__ void ldmatrix_x2(uint32_t (&r)[2], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)));
@@ -564,14 +582,16 @@ __device__ void ldmatrix_x2_trans(uint32_t (&r)[2], const void *row) {
 MMA(mma_m16n8k16, "bf16")
 MMA(mma_m16n8k16_half, "f16")
 __device__ void cp_async_16(void *to_shared, const void *from_global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to_shared)), "l"(from_global), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" :: "r"(shared_address(to_shared)), "l"(from_global),
+        "r"(valid ? 16 : 0) : "memory");
 }
 __device__ void cp_async_commit(void) { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 #endif
 
 // Fragments of d (16, 8) += a (16, 16) b (16, 8), for lane 4 g + t. Two 16-bit numbers share a register, the lower index in the lower half.
-//   a: register i holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next      b: register i holds rows 2 t + 8 i and the next, column g
+//   a: register i holds row g + 8 (i % 2), columns 2 t + 8 (i / 2) and the next      b: register i holds rows 2 t + 8 i and the next,
+//   column g
 //   d: number i lies at row g + 8 (i / 2), column 2 t + i % 2
 template <class T> __device__ uint32_t pack2(T low, T high) {
     uint16_t l, h;
@@ -634,7 +654,8 @@ template <class T, bool IS_HALF> bool mma_is_exact(T (*round)(float)) {
     std::vector<float> d(128), expected(128);
     for (int i = 0; i < 256; i++) a[i] = round(number(i));
     for (int i = 0; i < 128; i++) b[i] = round(number(3 * i + 1)), d[i] = expected[i] = number(i + 5);
-    for (int i = 0; i < 16; i++) for (int j = 0; j < 8; j++) for (int k = 0; k < 16; k++) expected[i * 8 + j] += number(i * 16 + k) * number(3 * (k * 8 + j) + 1);
+    for (int i = 0; i < 16; i++) for (int j = 0; j < 8; j++) for (int k = 0; k < 16;
+        k++) expected[i * 8 + j] += number(i * 16 + k) * number(3 * (k * 8 + j) + 1);
     Array<T> da(a), db(b);
     Array<float> dd(d);
     mma_by_layout<T, IS_HALF><<<1, 32>>>(dd.p, da.p, db.p);
@@ -686,8 +707,10 @@ __global__ void use_tiles(int *out) {
     cg::thread_block_tile<8> tile = cg::tiled_partition<8>(block);
     auto warp = cg::tiled_partition<32>(block);
     int *o = out + threadIdx.x * 8;
-    o[0] = cg::reduce(tile, (int)threadIdx.x, cg::plus<int>()), o[1] = tile.meta_group_rank(), o[2] = tile.thread_rank(), o[3] = tile.shfl_xor((int)threadIdx.x, 4);
-    o[4] = cg::reduce(warp, (int)threadIdx.x, cg::greater<int>()), o[5] = warp.shfl_down((int)threadIdx.x, 1), o[6] = block.thread_rank() + block.size();
+    o[0] = cg::reduce(tile, (int)threadIdx.x, cg::plus<int>()), o[1] = tile.meta_group_rank(), o[2] = tile.thread_rank(),
+        o[3] = tile.shfl_xor((int)threadIdx.x, 4);
+    o[4] = cg::reduce(warp, (int)threadIdx.x, cg::greater<int>()), o[5] = warp.shfl_down((int)threadIdx.x, 1),
+        o[6] = block.thread_rank() + block.size();
     block.sync();
     o[7] = (int)tile.ballot(threadIdx.x % 2) + 1000 * warp.meta_group_size();
 }
@@ -703,7 +726,8 @@ void test_groups(void) {
 
 // ---- cublasLt and cublas against loops
 struct Matrix { int rows, cols, ld; };
-template <class T> void test_one_matmul(cublasLtHandle_t lt, cudaDataType_t in_type, bool transa, bool transb, int m, int n, int k, int batch, float beta, bool bias,
+template <class T> void test_one_matmul(cublasLtHandle_t lt, cudaDataType_t in_type, bool transa, bool transb, int m, int n, int k,
+    int batch, float beta, bool bias,
                                         bool own_c, T (*round)(float), const char *name, bool float_out) {
     Matrix a = {transa ? k : m, transa ? m : k, 0}, b = {transb ? n : k, transb ? k : n, 0};
     a.ld = a.rows + 3, b.ld = b.rows + 1;
@@ -731,7 +755,8 @@ template <class T> void test_one_matmul(cublasLtHandle_t lt, cudaDataType_t in_t
     if (bias) {
         cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         ok &= cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue) == CUBLAS_STATUS_SUCCESS;
-        ok &= cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_pointer, sizeof bias_pointer) == CUBLAS_STATUS_SUCCESS;
+        ok &= cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias_pointer,
+            sizeof bias_pointer) == CUBLAS_STATUS_SUCCESS;
     }
     ok &= cublasLtMatrixLayoutCreate(&la, in_type, a.rows, a.cols, a.ld) == CUBLAS_STATUS_SUCCESS;
     ok &= cublasLtMatrixLayoutCreate(&lb, in_type, b.rows, b.cols, b.ld) == CUBLAS_STATUS_SUCCESS;
@@ -740,18 +765,22 @@ template <class T> void test_one_matmul(cublasLtHandle_t lt, cudaDataType_t in_t
     cublasLtMatrixLayout_t layouts[4] = {la, lb, lc, ld};
     int64_t strides[4] = {(int64_t)size_a, (int64_t)size_b, (int64_t)size_c, (int64_t)size_d};
     for (int i = 0; batch > 1 && i < 4; i++) {
-        ok &= cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch, sizeof batch) == CUBLAS_STATUS_SUCCESS;
-        ok &= cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i], sizeof strides[i]) == CUBLAS_STATUS_SUCCESS;
+        ok &= cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &batch,
+            sizeof batch) == CUBLAS_STATUS_SUCCESS;
+        ok &= cublasLtMatrixLayoutSetAttribute(layouts[i], CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &strides[i],
+            sizeof strides[i]) == CUBLAS_STATUS_SUCCESS;
     }
     size_t workspace_bytes = 1 << 20;
     ok &= cublasLtMatmulPreferenceCreate(&preference) == CUBLAS_STATUS_SUCCESS;
-    ok &= cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes, sizeof workspace_bytes) == CUBLAS_STATUS_SUCCESS;
+    ok &= cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace_bytes,
+        sizeof workspace_bytes) == CUBLAS_STATUS_SUCCESS;
     cublasLtMatmulHeuristicResult_t found[4];
     int count = 0;
     ok &= cublasLtMatmulAlgoGetHeuristic(lt, op, la, lb, lc, ld, preference, 4, found, &count) == CUBLAS_STATUS_SUCCESS && count >= 1;
     Array<char> workspace(workspace_bytes);
     float alpha = 0.5f;
-    ok = ok && cublasLtMatmul(lt, op, &alpha, da.p, la, db.p, lb, &beta, c, lc, d, ld, &found[0].algo, workspace.p, workspace_bytes, 0) == CUBLAS_STATUS_SUCCESS;
+    ok = ok && cublasLtMatmul(lt, op, &alpha, da.p, la, db.p, lb, &beta, c, lc, d, ld, &found[0].algo, workspace.p, workspace_bytes,
+        0) == CUBLAS_STATUS_SUCCESS;
     OK(cudaDeviceSynchronize());
     std::vector<float> result(size_d * batch), expected(size_d * batch);
     if (float_out) {
@@ -766,11 +795,13 @@ template <class T> void test_one_matmul(cublasLtHandle_t lt, cudaDataType_t in_t
         if (i >= m) { expected[at] = own_c ? 0 : fc[at]; continue; }         // between the columns nothing is written
         float sum = 0;
         for (int l = 0; l < k; l++)
-            sum += (float)ha[t * size_a + (transa ? l + (size_t)i * a.ld : i + (size_t)l * a.ld)] * (float)hb[t * size_b + (transb ? j + (size_t)l * b.ld : l + (size_t)j * b.ld)];
+            sum += (float)ha[t * size_a + (transa ? l + (size_t)i * a.ld : i + (size_t)l * a.ld)] *
+                   (float)hb[t * size_b + (transb ? j + (size_t)l * b.ld : l + (size_t)j * b.ld)];
         expected[at] = alpha * sum + (beta != 0 ? beta * fc[t * size_c + (size_t)j * ldc + i] : 0) + (bias ? fbias[i] : 0);
         if (!float_out) expected[at] = (float)round(expected[at]);
     }
-    check(ok && result == expected, "cublasLt %s -> %s %c%c %dx%dx%d batch %d beta %g%s%s", name, float_out ? "float" : name, transa ? 'T' : 'N', transb ? 'T' : 'N', m, n, k, batch,
+    check(ok && result == expected, "cublasLt %s -> %s %c%c %dx%dx%d batch %d beta %g%s%s", name, float_out ? "float" : name,
+        transa ? 'T' : 'N', transb ? 'T' : 'N', m, n, k, batch,
           beta, bias ? " bias" : "", own_c ? "" : " in place");
     cublasLtMatmulDescDestroy(op);
     for (cublasLtMatrixLayout_t l : layouts) cublasLtMatrixLayoutDestroy(l);
@@ -778,16 +809,67 @@ template <class T> void test_one_matmul(cublasLtHandle_t lt, cudaDataType_t in_t
 }
 float round_float(float x) { return x; }
 
+// What the library would refuse: the emulator says why on stderr. D (4, 3) = A (4, 5) B (5, 3)
+void test_cublas_refusals(cublasLtHandle_t lt) {
+    cublasLtMatmulDesc_t op;
+    cublasLtMatrixLayout_t a, b, d, short_ld, wide, half_d;
+    cublasLtMatmulPreference_t preference;
+    cublasLtMatmulDescCreate(&op, CUBLAS_COMPUTE_32F, CUDA_R_32F);
+    cublasLtMatrixLayoutCreate(&a, CUDA_R_32F, 4, 5, 4);
+    cublasLtMatrixLayoutCreate(&b, CUDA_R_32F, 5, 3, 5);
+    cublasLtMatrixLayoutCreate(&d, CUDA_R_32F, 4, 3, 4);
+    cublasLtMatrixLayoutCreate(&short_ld, CUDA_R_32F, 4, 5, 3);
+    cublasLtMatrixLayoutCreate(&wide, CUDA_R_32F, 4, 4, 4);
+    cublasLtMatrixLayoutCreate(&half_d, CUDA_R_16F, 4, 3, 4);
+    cublasLtMatmulPreferenceCreate(&preference);
+    Array<float> pa(20), pb(16), pd(16);
+    Array<char> workspace(4096);
+    alignas(16) float one = 1;
+    auto multiply = [&](const void *x, cublasLtMatrixLayout_t x_layout, void *y, cublasLtMatrixLayout_t y_layout,
+        const cublasLtMatmulAlgo_t *algo, size_t bytes) {
+        return cublasLtMatmul(lt, op, &one, x, x_layout, pb.p, b, &one, y, y_layout, y, y_layout, algo, workspace.p, bytes, 0);
+    };
+    check(multiply(pa.p, a, pd.p, d, NULL, 0) == CUBLAS_STATUS_SUCCESS, "cublasLt without an algorithm");
+    check(multiply(pa.p, short_ld, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE,
+        "cublasLt refuses a leading dimension that is too small");
+    check(multiply(pa.p, wide, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE, "cublasLt refuses sizes that do not fit");
+    check(multiply(pa.p, a, pd.p, half_d, NULL, 0) == CUBLAS_STATUS_NOT_SUPPORTED, "cublasLt refuses float times float to half");
+    check(multiply(NULL, a, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE, "cublasLt refuses a NULL matrix");
+#ifdef CUDA_EMU     // a GPU may hide these
+    cublasLtMatmulHeuristicResult_t found[2];
+    int count = 0;
+    size_t bytes = 4096;
+    cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes);
+    cublasLtMatmulAlgoGetHeuristic(lt, op, a, b, d, d, preference, 2, found, &count);
+    check(count == 2 && found[0].workspaceSize > 0 && found[1].workspaceSize == 0, "cublasLt: an algorithm with workspace, one without");
+    check(multiply(pa.p, a, pd.p, d, &found[0].algo, found[0].workspaceSize - 1) == CUBLAS_STATUS_INVALID_VALUE,
+        "cublasLt refuses less workspace than needed");
+    check(multiply(pa.p, a, pd.p, d, &found[1].algo, 0) == CUBLAS_STATUS_SUCCESS, "cublasLt takes no workspace where none is needed");
+    check(multiply(pa.p, a, pd.p + 1, d, &found[1].algo, 0) == CUBLAS_STATUS_INVALID_VALUE,
+        "cublasLt refuses a pointer that is not aligned as promised");
+    check(multiply(pa.p, a, pa.p + 4, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE, "cublasLt refuses a D that overlaps A");
+    check(multiply(&one, a, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE, "cublasLt refuses host memory");
+    check(multiply(pa.p + 4, a, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE,
+        "cublasLt refuses a matrix that ends beyond its allocation");
+#endif
+    OK(cudaDeviceSynchronize());
+    for (cublasLtMatrixLayout_t l : {a, b, d, short_ld, wide, half_d}) cublasLtMatrixLayoutDestroy(l);
+    cublasLtMatmulDescDestroy(op);
+    cublasLtMatmulPreferenceDestroy(preference);
+}
+
 void test_cublas(void) {
     cublasLtHandle_t lt;
     CHECK(cublasLtCreate(&lt) == CUBLAS_STATUS_SUCCESS, "no cublasLt\n");
     for (int t = 0; t < 4; t++) {
-        test_one_matmul<bf16>(lt, CUDA_R_16BF, t & 1, t & 2, 37, 21, 50, 1, t == 1 ? 1.0f : 0.0f, t == 2, t != 3, round_bf16, "bf16", false);
+        test_one_matmul<bf16>(lt, CUDA_R_16BF, t & 1, t & 2, 37, 21, 50, 1, t == 1 ? 1.0f : 0.0f, t == 2, t != 3, round_bf16, "bf16",
+            false);
         test_one_matmul<float>(lt, CUDA_R_32F, t & 1, t & 2, 17, 9, 33, 1 + t % 2 * 2, 0.5f, t == 0, t % 2, round_float, "float", false);
     }
     test_one_matmul<bf16>(lt, CUDA_R_16BF, true, false, 64, 40, 24, 2, 1.0f, false, false, round_bf16, "bf16", true);
     test_one_matmul<__half>(lt, CUDA_R_16F, true, false, 16, 24, 40, 1, 0.0f, false, true, round_half, "half", false);
     test_one_matmul<float>(lt, CUDA_R_32F, false, true, 1, 1, 1, 1, 0.0f, false, true, round_float, "float", false);
+    test_cublas_refusals(lt);
     cublasLtDestroy(lt);
 
     cublasHandle_t handle;
@@ -797,7 +879,8 @@ void test_cublas(void) {
     bool ok = cublasSgemm(handle, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 3, &one, a.p, 2, b.p, 3, &zero, c.p, 2) == CUBLAS_STATUS_SUCCESS;
     std::vector<float> product = c.host();
     check(ok && product == (std::vector<float>{11, 14, 9, 12}), "cublasSgemm");
-    check(cublasSgemm(handle, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 3, &one, a.p, 1, b.p, 3, &zero, c.p, 2) == CUBLAS_STATUS_INVALID_VALUE, "cublasSgemm refuses a leading dimension");
+    check(cublasSgemm(handle, CUBLAS_OP_N, CUBLAS_OP_N, 2, 2, 3, &one, a.p, 1, b.p, 3, &zero, c.p, 2) == CUBLAS_STATUS_INVALID_VALUE,
+        "cublasSgemm refuses a leading dimension");
     cublasDestroy(handle);
 }
 

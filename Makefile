@@ -1,8 +1,11 @@
 # make train_qwen && ./train_qwen     build the trainer and train a small model on a small Chinese corpus
 # make test                           everything that is checked, plain and with sanitizers
+# make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
 # make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
+# The CUDA programs are built by nvcc where there is one and a GPU, else (or with EMULATE=1) for dev/emu, which runs CUDA on the processor;
+# EMULATE= forces nvcc.
 
 ifeq ($(origin CC),default)
 CC := cc
@@ -36,16 +39,32 @@ prepare: dev/data/prepare.c build/flags
 $(GENERATE): dev/data/tiny_baike/generate.c build/flags
 	$(BUILD)
 build:
-	@mkdir -p build
+	@mkdir -p build/emu
 # Changes when compiler or flags do, so that everything is built again.
 build/flags: FORCE | build
 	@echo '$(CC) $(FLAGS) $(OPENMP)' | cmp -s - $@ || echo '$(CC) $(FLAGS) $(OPENMP)' > $@
 FORCE:
 
+# CUDA programs, by nvcc or by the emulator.
+GPU := $(if $(shell command -v nvcc),$(shell nvidia-smi -L 2>/dev/null | head -n 1))
+EMULATE ?= $(if $(GPU),,1)
+PRECISION ?= bf16
+GPU_ARCH ?= native
+FLAGS_bf16 :=
+FLAGS_fp32 := -DQWEN_FP32
+CUDA_SOURCES := train_qwen.cu train_qwen.c tokenizer.h dataloader.h $(wildcard dev/cuda/bench.h dev/test/*.h)
+EMU_SOURCES := $(wildcard dev/emu/*.h dev/emu/cuda.sed dev/emu/emucc)
+NVCC_FLAGS := -O3 -std=c++17 -Xcompiler -O3,-fopenmp,-Wno-unknown-pragmas
+EMUCC = CXX=$(CXX) dev/emu/emucc
+CUDACC = $(if $(EMULATE),$(EMUCC) -O2 $(ARCH),nvcc $(NVCC_FLAGS) -arch=$(GPU_ARCH) -lcublasLt)
+train_qwencu test_qwencu: %_qwencu: %_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags | build
+	@$(if $(EMULATE),echo "building $@ ($(PRECISION)) for the emulator: it computes what a GPU would, slowly",echo "building $@ ($(PRECISION)) for $(GPU)")
+	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
+
 # One calm line for each thing that is not there.
 notes:
 	@$(if $(OPENMP),,echo "note: $(CC) has no OpenMP here; the programs will use one thread, which is fine")
-	@command -v nvcc >/dev/null || echo "note: no nvcc here; building the CPU programs, which is fine"
+	@command -v nvcc >/dev/null || echo "note: no nvcc here; building the CPU programs, which is fine (CUDA programs run on the emulator, dev/emu)"
 
 # The default corpus: generated text, then tokens with a vocabulary trimmed to them.
 TINY := data/tiny_baike
@@ -63,10 +82,57 @@ build/test_%: dev/test/test_%.c build/flags
 build/sanitized_%: dev/test/%.c build/flags
 	$(CC) $(SANITIZE) -MMD -MP -MF build/$(@F).d -o $@ $< -lm
 
+# The CUDA code without a GPU: the check against the CPU in both precisions and several orders of threads, the kernels in isolation, and the
+# emulator's own tests. test-emu-asan and test-emu-tsan do the first with sanitizers, on a few cases.
+KERNELS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
+EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/semantics build/emu/nccl_test
+RUN_EMU := OMP_WAIT_POLICY=passive
+build/emu/test_%: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	$(EMUCC) -O1 $(ARCH) $(FLAGS_$*) $< -o $@
+build/emu/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	$(EMUCC) -O1 $(ARCH) $< -o $@
+build/emu/%: dev/emu/test/%.cu $(EMU_SOURCES) build/flags
+	$(EMUCC) -Wall -Wextra -Wno-unused-function -Werror $< -o $@
+build/emu/asan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	$(EMUCC) -O1 -g -fsanitize=address,undefined $< -o $@
+build/emu/tsan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	CXX=clang++ dev/emu/emucc -O1 -g -fsanitize=thread $< -o $@
+test-emu: | build
+	$(MAKE) -s -j2 $(EMU_TESTS)
+	for order in 0 1 2 3; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_bf16 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
+	    echo "test_qwencu bf16, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
+	for order in 0 2; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_fp32 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
+	    echo "test_qwencu fp32, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
+	for kernel in $(KERNELS); do $(RUN_EMU) build/emu/$$kernel > build/emu/log || { cat build/emu/log; exit 1; }; \
+	    echo "dev/cuda/$$kernel.cu: $$(tail -n 1 build/emu/log)"; done
+	for own in semantics nccl_test; do $(RUN_EMU) build/emu/$$own > build/emu/log 2>&1 || { cat build/emu/log; exit 1; }; \
+	    echo "dev/emu/test/$$own.cu: $$(tail -n 1 build/emu/log)"; done
+	bash dev/emu/test/bugs.sh build/emu
+test-emu-asan: build/emu/asan
+	ASAN_OPTIONS=detect_leaks=0 $(RUN_EMU) build/emu/asan odd > build/emu/log || { tail -n 30 build/emu/log; exit 1; }
+	@tail -n 1 build/emu/log
+test-emu-tsan:
+	@command -v clang++ > /dev/null || { echo "SKIP test-emu-tsan: no clang++ here"; exit 0; }; \
+	    $(MAKE) -s build/emu/tsan && $(RUN_EMU) build/emu/tsan "v1: bias" > build/emu/log || { tail -n 30 build/emu/log; exit 1; }; tail -n 1 build/emu/log
+
+# nvcc compiles everything, without a warning, for Ampere, Hopper and the newest it knows; no kernel of the trainer may spill registers.
+test-nvcc: | build
+	@command -v nvcc > /dev/null || { echo "SKIP nvcc is not here"; exit 0; }; \
+	    for flags in "" -DQWEN_FP32; do for arch in sm_80 sm_90 $$(nvcc --list-gpu-code | tail -n 1); do \
+	        nvcc $(NVCC_FLAGS) $$flags -arch=$$arch -Werror all-warnings -Xptxas -v -cubin -o build/emu/cubin train_qwen.cu 2> build/emu/ptxas || \
+	            { cat build/emu/ptxas; exit 1; }; \
+	        sh dev/cuda/registers.sh $$arch "$$flags" < build/emu/ptxas || exit 1; done; done; \
+	    for source in test_qwen.cu $(KERNELS:%=dev/cuda/%.cu); do \
+	        nvcc -O1 -std=c++17 -Xcompiler -fopenmp,-Wno-unknown-pragmas -arch=sm_80 -Werror all-warnings -c -o build/emu/object $$source && echo "ok   nvcc: $$source" || exit 1; done
+# On a machine with a GPU: the check in this PRECISION, for real.
+test-gpu: $(if $(GPU),test_qwencu)
+	$(if $(GPU),./test_qwencu,@echo "SKIP there is no GPU here; the emulator ran every kernel instead")
+
 test: $(PROGRAMS) $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
 	$(foreach t,$(TESTS),build/$(t) && $(RUN_SANITIZED) build/sanitized_$(t) && ) true
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
+	$(MAKE) -s test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu
 	@echo "all tests passed"
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
@@ -83,7 +149,7 @@ debug: train_qwen.c | build
 	$(CC) $(SANITIZE) -O0 -o build/train_qwen_debug train_qwen.c -lm
 
 clean:
-	rm -rf build $(PROGRAMS)
+	rm -rf build $(PROGRAMS) train_qwencu test_qwencu
 
-.PHONY: FORCE all notes tiny_baike test test-compile debug clean
+.PHONY: FORCE all notes tiny_baike test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

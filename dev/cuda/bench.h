@@ -205,7 +205,7 @@ void bench_open(void) {
     time_us(peak_copy, 0, &median, &copy_us);
     time_us(peak_matmul, 0, &median, &matmul_us);
     bench_state.peak_gbps = 2 * (double)array_bytes(&peak_out) / copy_us / 1e3;
-    bench_state.peak_tflops = 2 * pow(PEAK_SIZE, 3) / matmul_us / 1e6;
+    bench_state.peak_tflops = 2 * pow((double)PEAK_SIZE, 3.0) / matmul_us / 1e6;
     printf("%s; peaks measured now: copy %.0f GB/s, matmul of %d^3 %.1f TFLOP/s\n", machine_text(), bench_state.peak_gbps, PEAK_SIZE,
            bench_state.peak_tflops);
     bench_free();

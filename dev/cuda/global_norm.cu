@@ -8,7 +8,7 @@
 
 enum { NORM_PARTS = 4096 };                        // as in gradient_norm of train_qwen.c
 static int count;
-static Array grads, norm, result;
+static Array grads, grad_norm, result;
 
 __global__ void norm_v1_sum_kernel(float *norm, const double *partials, int parts) {
     double sum = 0;
@@ -25,7 +25,7 @@ __global__ void norm_v1_kernel(double *partials, const float *grads, size_t coun
 }
 void norm_v1(int block) {
     norm_v1_kernel<<<NORM_PARTS / block, block, 0, stream>>>((double *)scratch, grads.f, count);
-    norm_v1_sum_kernel<<<1, 1, 0, stream>>>(norm.f, (double *)scratch, NORM_PARTS);
+    norm_v1_sum_kernel<<<1, 1, 0, stream>>>(grad_norm.f, (double *)scratch, NORM_PARTS);
 }
 
 // Sum over a block of whole warps; thread 0 gets it.
@@ -52,7 +52,7 @@ void norm_v2(int block) {
     int blocks = 8 * device_properties()->multiProcessorCount;
     cudaCheck(cudaMemsetAsync(scratch, 0, sizeof(double), stream));
     norm_v2_kernel<<<blocks, block, 0, stream>>>((double *)scratch, grads.f, count);
-    norm_v1_sum_kernel<<<1, 1, 0, stream>>>(norm.f, (double *)scratch, 1);
+    norm_v1_sum_kernel<<<1, 1, 0, stream>>>(grad_norm.f, (double *)scratch, 1);
 }
 
 // Limit of v2: the width of a load, and the order.
@@ -73,7 +73,7 @@ __global__ void norm_v3_kernel(double *partials, const float *grads, size_t coun
 void norm_v3(int block) {
     int most = ceil_div(count, 4 * block), blocks = most < NORM_BLOCKS ? most : NORM_BLOCKS;
     norm_v3_kernel<<<blocks, block, 0, stream>>>((double *)scratch, grads.f, count);
-    norm_v1_sum_kernel<<<1, 1, 0, stream>>>(norm.f, (double *)scratch, blocks);
+    norm_v1_sum_kernel<<<1, 1, 0, stream>>>(grad_norm.f, (double *)scratch, blocks);
 }
 
 // Limit of v3: see there.
@@ -82,7 +82,7 @@ void norm_v3(int block) {
 __global__ void take_norm_kernel(float *norm, const ResultGpu *result) { *norm = (float)result->norm; }
 void norm_production(int) {
     gradient_norm_gpu((ResultGpu *)result.i, grads.f, scratch, count, 1, 1);
-    take_norm_kernel<<<1, 1, 0, stream>>>(norm.f, (ResultGpu *)result.i);
+    take_norm_kernel<<<1, 1, 0, stream>>>(grad_norm.f, (ResultGpu *)result.i);
 }
 
 static Version versions[] = {{"v1 the CPU loops", norm_v1, {64, 256}}, {"v2 neighbours, atomics", norm_v2, {256, 1024}},
@@ -93,10 +93,10 @@ int main(void) {
     for (int s = 0; bench_next(s, sizes); s++) {
         count = sizes[s][0];
         const ResultGpu begin = {};
-        grads = array_random("grads", FLOAT, count, 0.01f), norm = array_output("norm", FLOAT, 1);
+        grads = array_random("grads", FLOAT, count, 0.01f), grad_norm = array_output("norm", FLOAT, 1);
         result = array_of("result", INT, sizeof begin / sizeof(int), &begin);
-        norm.host[0] = (float)gradient_norm(grads.host, count);
-        bench("global_norm", versions, 4.0 * count, 0, {{&norm}});
+        grad_norm.host[0] = (float)gradient_norm(grads.host, count);
+        bench("global_norm", versions, 4.0 * count, 0, {{&grad_norm}});
     }
     return bench_close();
 }

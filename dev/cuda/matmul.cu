@@ -173,10 +173,10 @@ __global__ void matmul_v4_kernel(T *D, const floatX *A, const floatX *B, int M, 
             if (m + 8 < M && n < N) store_pair(D + (size_t)(m + 8) * N + n, d[i][j][2], d[i][j][3]);
         }
 }
-static dim3 tiles(int rows, int columns) { return dim3(ceil_div(rows, TILE_MN), ceil_div(columns, TILE_MN)); }
+static dim3 tile_grid(int rows, int columns) { return dim3(ceil_div(rows, TILE_MN), ceil_div(columns, TILE_MN)); }
 void forward_v4(int block) {
     CHECK(C % WIDE == 0 && OC % WIDE == 0, "C = %d and OC = %d must be multiples of %d", C, OC, WIDE);
-    matmul_v4_kernel<floatX, K_INNER, K_INNER><<<tiles(N, OC), block, 0, stream>>>(out.x, inp.x, weight.x, N, OC, C);
+    matmul_v4_kernel<floatX, K_INNER, K_INNER><<<tile_grid(N, OC), block, 0, stream>>>(out.x, inp.x, weight.x, N, OC, C);
 }
 #endif
 
@@ -229,8 +229,8 @@ __global__ void matmul_backward_v2_dbias_kernel(float *dbias, const floatX *dout
     dbias[o] += sum;
 }
 void backward_v2(int block) {
-    matmul_v4_kernel<floatX, K_INNER, K_OUTER><<<tiles(N, C), block, 0, stream>>>(dinp.x, dout.x, weight.x, N, C, OC);
-    matmul_v4_kernel<float, K_OUTER, K_OUTER><<<tiles(OC, C), block, 0, stream>>>(dweight.f, dout.x, inp.x, OC, C, N);
+    matmul_v4_kernel<floatX, K_INNER, K_OUTER><<<tile_grid(N, C), block, 0, stream>>>(dinp.x, dout.x, weight.x, N, C, OC);
+    matmul_v4_kernel<float, K_OUTER, K_OUTER><<<tile_grid(OC, C), block, 0, stream>>>(dweight.f, dout.x, inp.x, OC, C, N);
     matmul_backward_v2_dbias_kernel<<<ceil_div(OC, WARP), block, 0, stream>>>(dbias.f, dout.x, N, OC);
 }
 #endif

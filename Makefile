@@ -106,6 +106,7 @@ build/emu/tsan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 test-emu: train_qwen $(TINY)/train.bin | build
 	$(MAKE) -s -j2 $(EMU_TESTS)
 	for order in 0 1 2 3; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_bf16 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
+	    [ $$order = 0 ] && cp build/emu/log build/emu/log0; cmp build/emu/log0 build/emu/log || exit 1; \
 	    echo "test_qwencu bf16, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
 	for order in 0 2; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_fp32 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
 	    echo "test_qwencu fp32, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done

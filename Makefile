@@ -129,7 +129,7 @@ test-nvcc: | build
 	    for flags in "" -DQWEN_FP32; do for arch in sm_80 sm_90 $$(nvcc --list-gpu-code | tail -n 1); do \
 	        nvcc $(NVCC_FLAGS) $$flags -arch=$$arch -Werror all-warnings -Xptxas -v -cubin -o build/emu/cubin train_qwen.cu 2> build/emu/ptxas || \
 	            { cat build/emu/ptxas; exit 1; }; \
-	        sh dev/cuda/registers.sh $$arch "$$flags" < build/emu/ptxas || exit 1; done; done; \
+	        VERBOSE=$$([ "$$arch$$flags" = sm_80 ] && echo 1) sh dev/cuda/registers.sh $$arch "$$flags" < build/emu/ptxas || exit 1; done; done; \
 	    for source in test_qwen.cu $(KERNELS:%=dev/cuda/%.cu); do \
 	        nvcc -O1 -std=c++17 -Xcompiler -fopenmp,-Wno-unknown-pragmas -arch=sm_80 -Werror all-warnings -c -o build/emu/object $$source && echo "ok   nvcc: $$source" || exit 1; done
 # On a machine with a GPU: the check in this PRECISION, for real.

@@ -178,8 +178,10 @@ void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
     const cublasOperation_t transpose = CUBLAS_OP_T;
     const cublasLtEpilogue_t bias = CUBLASLT_EPILOGUE_BIAS;
     cublasCheck(cublasLtMatmulDescCreate(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    if (p->a_transposed) cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
-    if (p->b_transposed) cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose, sizeof transpose));
+    if (p->a_transposed)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
+    if (p->b_transposed)
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose, sizeof transpose));
     if (p->has_bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &bias, sizeof bias));
     uint64_t a_rows = (uint64_t)(p->a_transposed ? p->K : p->M), a_cols = (uint64_t)(p->a_transposed ? p->M : p->K);
     uint64_t b_rows = (uint64_t)(p->b_transposed ? p->N : p->K), b_cols = (uint64_t)(p->b_transposed ? p->K : p->N);
@@ -255,9 +257,9 @@ template <int W> __global__ void embedding_forward_kernel(floatX *out, const int
     if (n < N) store_pack<W>(out + i, load_pack<W>(wte + (size_t)tokens[n] * C + i % C));
 }
 void embedding_forward_gpu(floatX *out, const int *tokens, const floatX *wte, int N, int C) {
-    size_t count = (size_t)N * C;
-    if (C % WIDE == 0 && is_aligned(wte)) embedding_forward_kernel<WIDE><<<blocks_for(count / WIDE, 256), 256, 0, stream>>>(out, tokens, wte, N, C);
-    else embedding_forward_kernel<1><<<blocks_for(count, 256), 256, 0, stream>>>(out, tokens, wte, N, C);
+    bool wide = C % WIDE == 0 && is_aligned(wte);
+    auto kernel = wide ? embedding_forward_kernel<WIDE> : embedding_forward_kernel<1>;
+    kernel<<<blocks_for((size_t)N * C / (wide ? WIDE : 1), 256), 256, 0, stream>>>(out, tokens, wte, N, C);
     checkLaunch();
 }
 
@@ -277,7 +279,8 @@ void embedding_backward_gpu(float *dwte, const floatX *dout, const int *order, c
 }
 
 // A warp takes a row, and reads it a second time from the L1 cache. Moves 2 C elements a row.
-template <int W> __global__ void rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *inp, const floatX *weight, int N, int C, float eps) {
+template <int W>
+__global__ void rmsnorm_forward_kernel(floatX *out, float *rstd, const floatX *inp, const floatX *weight, int N, int C, float eps) {
     int n = blockIdx.x * blockDim.y + threadIdx.y;
     if (n >= N) return;
     const floatX *x = inp + (size_t)n * C;
@@ -295,16 +298,16 @@ template <int W> __global__ void rmsnorm_forward_kernel(floatX *out, float *rstd
     if (threadIdx.x == 0) rstd[n] = r;
 }
 void rmsnorm_forward_gpu(floatX *out, float *rstd, const floatX *inp, const floatX *weight, int N, int C, float eps) {
-    dim3 block(WARP, 4);
-    if (C % WIDE == 0 && is_aligned(weight)) rmsnorm_forward_kernel<WIDE><<<ceil_div(N, 4), block, 0, stream>>>(out, rstd, inp, weight, N, C, eps);
-    else rmsnorm_forward_kernel<1><<<ceil_div(N, 4), block, 0, stream>>>(out, rstd, inp, weight, N, C, eps);
+    auto kernel = C % WIDE == 0 && is_aligned(weight) ? rmsnorm_forward_kernel<WIDE> : rmsnorm_forward_kernel<1>;
+    kernel<<<ceil_div(N, 4), dim3(WARP, 4), 0, stream>>>(out, rstd, inp, weight, N, C, eps);
     checkLaunch();
 }
 
 // A block takes every PARTS-th row. Each thread owns some columns in all of them, so it can keep their sums for dweight in shared memory
 // without waiting for others; they end in partials (PARTS, C). Moves 3 C elements a row, 4 C with ACCUMULATE.
-template <int W> __global__ void rmsnorm_backward_kernel(floatX *dinp, float *partials, const floatX *dout, const floatX *inp, const floatX *weight,
-                                                         const float *rstd, int N, int C, WriteMode mode) {
+template <int W>
+__global__ void rmsnorm_backward_kernel(floatX *dinp, float *partials, const floatX *dout, const floatX *inp, const floatX *weight,
+                                        const float *rstd, int N, int C, WriteMode mode) {
     extern __shared__ float sums[];
     int first = threadIdx.x * W, step = blockDim.x * W;
     for (int c = first; c < C; c += step)
@@ -334,12 +337,11 @@ template <int W> __global__ void rmsnorm_backward_kernel(floatX *dinp, float *pa
 }
 void rmsnorm_backward_gpu(floatX *dinp, float *dweight, const floatX *dout, const floatX *inp, const floatX *weight, const float *rstd,
                           float *scratch, int N, int C, WriteMode mode) {
-    int parts = N < PARTS ? N : PARTS;
-    size_t shared = sizeof(float) * (size_t)C;
-    if (C % WIDE == 0 && is_aligned(weight))
-        rmsnorm_backward_kernel<WIDE><<<parts, row_threads(C / WIDE, 256), shared, stream>>>(dinp, scratch, dout, inp, weight, rstd, N, C, mode);
-    else
-        rmsnorm_backward_kernel<1><<<parts, row_threads(C, 256), shared, stream>>>(dinp, scratch, dout, inp, weight, rstd, N, C, mode);
+    bool wide = C % WIDE == 0 && is_aligned(weight);
+    int parts = N < PARTS ? N : PARTS, threads = row_threads(wide ? C / WIDE : C, 256);
+    CHECK(C <= 12000, "RMSNorm's backward keeps %d sums in shared memory; there is room for 12000", C);
+    auto kernel = wide ? rmsnorm_backward_kernel<WIDE> : rmsnorm_backward_kernel<1>;
+    kernel<<<parts, threads, sizeof(float) * (size_t)C, stream>>>(dinp, scratch, dout, inp, weight, rstd, N, C, mode);
     checkLaunch();
     sum_partials_gpu(dweight, scratch, parts, C);
 }
@@ -374,9 +376,10 @@ void matmul_backward_gpu(floatX *dinp, float *dweight, float *dbias, const float
 // (q_norm NULL) it is RoPE alone, in place: qk is qkv. A group of lanes takes a head, a lane takes W channels of its first half and their
 // partners in the second half. Position of row n: past + t - start[n], or past + t where start is NULL.
 // Moves 2 (NH + NKV) HD elements a row. rstd (N, NH + NKV).
-template <int W> __global__ void qknorm_rope_forward_kernel(floatX *qk, float *rstd, const floatX *qkv, const floatX *q_norm, const floatX *k_norm,
-                                                            const float *table, const int *start, int past, int N, int T, int NH, int NKV, int HD,
-                                                            float eps, int lanes) {
+template <int W>
+__global__ void qknorm_rope_forward_kernel(floatX *qk, float *rstd, const floatX *qkv, const floatX *q_norm, const floatX *k_norm,
+                                           const float *table, const int *start, int past, int N, int T, int NH, int NKV, int HD,
+                                           float eps, int lanes) {
     int heads = NH + NKV, half = HD / 2, lane = threadIdx.x % lanes;
     size_t vector = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / lanes;
     bool valid = vector < (size_t)N * heads;                     // lanes without a head go along for the shuffles
@@ -413,17 +416,18 @@ void qknorm_rope_forward_gpu(floatX *qk, float *rstd, const floatX *qkv, const f
                              const int *start, int past, int N, int T, int NH, int NKV, int HD, float eps) {
     int wide = head_is_wide(HD), lanes = wide ? HD / 2 / WIDE : WARP;
     unsigned blocks = blocks_for((size_t)N * (NH + NKV) * lanes, 128);
-    if (wide) qknorm_rope_forward_kernel<WIDE><<<blocks, 128, 0, stream>>>(qk, rstd, qkv, q_norm, k_norm, table, start, past, N, T, NH, NKV, HD, eps, lanes);
-    else qknorm_rope_forward_kernel<1><<<blocks, 128, 0, stream>>>(qk, rstd, qkv, q_norm, k_norm, table, start, past, N, T, NH, NKV, HD, eps, lanes);
+    auto kernel = wide ? qknorm_rope_forward_kernel<WIDE> : qknorm_rope_forward_kernel<1>;
+    kernel<<<blocks, 128, 0, stream>>>(qk, rstd, qkv, q_norm, k_norm, table, start, past, N, T, NH, NKV, HD, eps, lanes);
     checkLaunch();
 }
 
 // In place on the query and key heads of dqkv: gradients of qk -> gradients of qkv. A block takes every PARTS-th row, each group of its lanes
 // every so many heads. A lane owns the same channels in all of them, so it can keep their sums for dq_norm and dk_norm in its group's place
 // in shared memory, sums (groups, 2, HD); they end in partials (PARTS, 2 HD). Moves 2 (NH + NKV) HD elements a row, 3 with QK-norm.
-template <int W> __global__ void qknorm_rope_backward_kernel(floatX *dqkv, float *partials, const floatX *qkv, const float *rstd, const floatX *q_norm,
-                                                             const floatX *k_norm, const float *table, const int *start, int N, int T, int NH,
-                                                             int NKV, int HD, int lanes) {
+template <int W>
+__global__ void qknorm_rope_backward_kernel(floatX *dqkv, float *partials, const floatX *qkv, const float *rstd, const floatX *q_norm,
+                                            const floatX *k_norm, const float *table, const int *start, int N, int T, int NH,
+                                            int NKV, int HD, int lanes) {
     extern __shared__ float sums[];
     int heads = NH + NKV, half = HD / 2, lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     int rounds = (heads + groups - 1) / groups;                  // the same for all lanes of a warp, because of the shuffles
@@ -440,7 +444,7 @@ template <int W> __global__ void qknorm_rope_backward_kernel(floatX *dqkv, float
             const float *angles = table + (size_t)(n % T - start[n]) * HD;
             const floatX *x = qkv + at, *weight = h < NH ? q_norm : k_norm;
             float *to = mine + (h < NH ? 0 : HD), sum = 0, r = q_norm ? rstd[(size_t)n * heads + h] : 1;
-            for (int i = lane * W; valid && i < half; i += lanes * W) {                      // RoPE backwards, and the sum of the norm's backward
+            for (int i = lane * W; valid && i < half; i += lanes * W) {                      // RoPE, and the sum of the norm's backward
                 Pack<W> a = load_pack<W>(dqkv + at + i), b = load_pack<W>(dqkv + at + half + i);
                 for (int j = 0; j < W; j++) {
                     float a0 = to_float(a.x[j]), b0 = to_float(b.x[j]), c = angles[2 * (i + j)], s = angles[2 * (i + j) + 1];
@@ -479,8 +483,8 @@ void qknorm_rope_backward_gpu(floatX *dqkv, float *dq_norm, float *dk_norm, cons
     int wide = head_is_wide(HD), lanes = wide ? HD / 2 / WIDE : WARP, parts = N < PARTS ? N : PARTS;
     size_t shared = q_norm ? sizeof(float) * (size_t)(128 / lanes) * 2 * (size_t)HD : 0;
     assert(dk_norm == dq_norm + (dq_norm ? HD : 0));             // neighbours in memory, so one sum serves both
-    if (wide) qknorm_rope_backward_kernel<WIDE><<<parts, 128, shared, stream>>>(dqkv, scratch, qkv, rstd, q_norm, k_norm, table, start, N, T, NH, NKV, HD, lanes);
-    else qknorm_rope_backward_kernel<1><<<parts, 128, shared, stream>>>(dqkv, scratch, qkv, rstd, q_norm, k_norm, table, start, N, T, NH, NKV, HD, lanes);
+    auto kernel = wide ? qknorm_rope_backward_kernel<WIDE> : qknorm_rope_backward_kernel<1>;
+    kernel<<<parts, 128, shared, stream>>>(dqkv, scratch, qkv, rstd, q_norm, k_norm, table, start, N, T, NH, NKV, HD, lanes);
     checkLaunch();
     if (q_norm) sum_partials_gpu(dq_norm, scratch, parts, 2 * HD);
 }
@@ -1030,9 +1034,9 @@ template <int W> __global__ void swiglu_forward_kernel(floatX *act, const floatX
     store_pack<W>(act + i, pu);
 }
 void swiglu_forward_gpu(floatX *act, const floatX *gate_up, int N, int I) {
-    size_t count = (size_t)N * I;
-    if (I % WIDE == 0) swiglu_forward_kernel<WIDE><<<blocks_for(count / WIDE, 256), 256, 0, stream>>>(act, gate_up, N, I);
-    else swiglu_forward_kernel<1><<<blocks_for(count, 256), 256, 0, stream>>>(act, gate_up, N, I);
+    bool wide = I % WIDE == 0;
+    auto kernel = wide ? swiglu_forward_kernel<WIDE> : swiglu_forward_kernel<1>;
+    kernel<<<blocks_for((size_t)N * I / (wide ? WIDE : 1), 256), 256, 0, stream>>>(act, gate_up, N, I);
     checkLaunch();
 }
 
@@ -1050,9 +1054,9 @@ template <int W> __global__ void swiglu_backward_kernel(floatX *dgate_up, const 
     store_pack<W>(dgate_up + at, pg), store_pack<W>(dgate_up + at + I, pu);
 }
 void swiglu_backward_gpu(floatX *dgate_up, const floatX *dact, const floatX *gate_up, int N, int I) {
-    size_t count = (size_t)N * I;
-    if (I % WIDE == 0) swiglu_backward_kernel<WIDE><<<blocks_for(count / WIDE, 256), 256, 0, stream>>>(dgate_up, dact, gate_up, N, I);
-    else swiglu_backward_kernel<1><<<blocks_for(count, 256), 256, 0, stream>>>(dgate_up, dact, gate_up, N, I);
+    bool wide = I % WIDE == 0;
+    auto kernel = wide ? swiglu_backward_kernel<WIDE> : swiglu_backward_kernel<1>;
+    kernel<<<blocks_for((size_t)N * I / (wide ? WIDE : 1), 256), 256, 0, stream>>>(dgate_up, dact, gate_up, N, I);
     checkLaunch();
 }
 
@@ -1060,8 +1064,9 @@ void swiglu_backward_gpu(floatX *dgate_up, const floatX *dact, const floatX *gat
 // maximum grows, the sum shrinks to match), the block joins them. With gradient the row becomes its own gradient,
 // (softmax - onehot) * weight * scale, read a second time from the L2 cache. Blocks begin with the last rows, which the matrix
 // multiplication before has just written. Moves 2 V elements a row.
-template <int W> __global__ void cross_entropy_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V,
-                                                      bool gradient) {
+template <int W>
+__global__ void cross_entropy_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V,
+                                     bool gradient) {
     size_t n = N - 1 - blockIdx.x;
     floatX *row = logits + n * V;
     int target = targets[n];
@@ -1086,10 +1091,9 @@ template <int W> __global__ void cross_entropy_kernel(float *losses, floatX *log
     }
 }
 void cross_entropy_gpu(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V, bool gradient) {
-    if (V % WIDE == 0)
-        cross_entropy_kernel<WIDE><<<N, row_threads(V / WIDE, 1024), 0, stream>>>(losses, logits, targets, weights, scale, N, V, gradient);
-    else
-        cross_entropy_kernel<1><<<N, row_threads(V, 1024), 0, stream>>>(losses, logits, targets, weights, scale, N, V, gradient);
+    bool wide = V % WIDE == 0;
+    auto kernel = wide ? cross_entropy_kernel<WIDE> : cross_entropy_kernel<1>;
+    kernel<<<N, row_threads(wide ? V / WIDE : V, 1024), 0, stream>>>(losses, logits, targets, weights, scale, N, V, gradient);
     checkLaunch();
 }
 
@@ -1248,7 +1252,8 @@ void layer_forward_gpu(Model *m, int l, floatX *next_x, const int *start, int B,
 
     rmsnorm_forward_gpu(a->h1, a->rstd1, a->x, p->norm1, N, C, c->norm_eps);
     matmul_forward_gpu(a->qkv, NULL, a->h1, p->wq, p->bq, N, C, QKV);
-    qknorm_rope_forward_gpu(a->qk, a->qk_rstd, a->qkv, p->q_norm, p->k_norm, m->gpu->rope, start, past < 0 ? 0 : past, N, T, NH, NKV, HD, c->norm_eps);
+    qknorm_rope_forward_gpu(a->qk, a->qk_rstd, a->qkv, p->q_norm, p->k_norm, m->gpu->rope, start, past < 0 ? 0 : past,
+                            N, T, NH, NKV, HD, c->norm_eps);
     floatX *q = a->qk, *k = a->qk + NH * HD, *v = a->qkv + (NH + NKV) * HD;
     if (past >= 0) attention_cached_gpu(a->att, q, k, v, m, l, T, past);
     else attention_forward_gpu(a->att, a->lse, q, k, v, start, B, T, 0, NH, NKV, HD, QKV, QKV);
@@ -1312,8 +1317,8 @@ void model_loss_gpu(Model *m, const BatchGpu *batch, int B, int T, float scale, 
     ActivationsGpu *a = &m->gpu->acts;
     const Config *c = &m->config;
     model_forward_gpu(m, batch->tokens, batch->start, B, T, NO_CACHE);
-    classifier_gpu(a->losses, pass == TRAIN ? a->dh : NULL, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets, batch->weights, scale,
-                   a->logits, classifier_rows_gpu, B * T, c->C, c->V);
+    classifier_gpu(a->losses, pass == TRAIN ? a->dh : NULL, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets,
+                   batch->weights, scale, a->logits, classifier_rows_gpu, B * T, c->C, c->V);
     if (pass == TRAIN) model_backward_gpu(m, batch, B, T);
     loss_sum_kernel<<<1, 256, 0, stream>>>(&m->gpu->result->loss, a->losses, batch->weights, B * T);
     checkLaunch();
@@ -1326,7 +1331,8 @@ void model_loss_gpu(Model *m, const BatchGpu *batch, int B, int T, float scale, 
 __global__ void sum_squares_kernel(double *partials, const float *grads, size_t count) {
     __shared__ double parts[256];
     double sum = 0;
-    for (size_t i = (size_t)blockIdx.x * 256 + threadIdx.x; i < count; i += (size_t)gridDim.x * 256) sum += (double)grads[i] * (double)grads[i];
+    for (size_t i = (size_t)blockIdx.x * 256 + threadIdx.x; i < count; i += (size_t)gridDim.x * 256)
+        sum += (double)grads[i] * (double)grads[i];
     parts[threadIdx.x] = sum;
     for (int half = 128; half > 0; half /= 2) {
         __syncthreads();
@@ -1353,8 +1359,8 @@ void gradient_norm_gpu(ResultGpu *result, const float *grads, float *scratch, si
 
 // A block takes a chunk of a tensor. Moves 32 bytes a parameter, 34 with bf16 weights.
 enum { CHUNK = 1 << 16 };
-__global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs, float *grads, const Chunk *chunks, const ResultGpu *result, AdamW o,
-                             float correct1, float correct2) {
+__global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs, float *grads, const Chunk *chunks,
+                             const ResultGpu *result, AdamW o, float correct1, float correct2) {
     if (!result->finite) return;
     Chunk chunk = chunks[blockIdx.x];
     float keep = 1.0f - (chunk.decay == DECAY ? o.lr * o.weight_decay : 0.0f), grad_scale = result->grad_scale;
@@ -1372,7 +1378,8 @@ __global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs
 void adamw_gpu(Model *m, const AdamW *o, long step) {
     Gpu *g = m->gpu;
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step))), correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(g->params_memory, g->master, g->m_memory, g->v_memory, g->grads_memory, g->chunks, g->result, *o, correct1, correct2);
+    float *masters = g->master, *ms = g->m_memory, *vs = g->v_memory;
+    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(g->params_memory, masters, ms, vs, g->grads_memory, g->chunks, g->result, *o, correct1, correct2);
     checkLaunch();
 }
 
@@ -1398,8 +1405,8 @@ Chunk *make_chunks(const TensorTable *table, int *count) {
 // What the datasheets of common cards promise for dense bf16, in FLOP/s. For other cards, and for fp32, the fastest large multiplication
 // that cuBLASLt does here is the peak.
 static const struct { const char *name; double flops; } KNOWN_CARDS[] = {
-    {"A100", 312e12}, {"A800", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989.4e12}, {"H800", 989.4e12}, {"H200", 989.4e12},
-    {"H20", 148e12}, {"B200", 2250e12}, {"L40S", 362e12}, {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12}, {"A10", 125e12}, {"A6000", 154.8e12},
+    {"A100", 312e12}, {"A800", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989.4e12}, {"H800", 989.4e12},
+    {"H200", 989.4e12}, {"H20", 148e12}, {"B200", 2250e12}, {"L40S", 362e12}, {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12}, {"A10", 125e12}, {"A6000", 154.8e12},
 };
 
 const cudaDeviceProp *device_properties(void) {

@@ -117,11 +117,14 @@ test-emu: train_qwen $(TINY)/train.bin | build
 	sh dev/test/test_cuda_run.sh
 	bash dev/emu/test/bugs.sh build/emu
 test-emu-asan: build/emu/asan
-	ASAN_OPTIONS=detect_leaks=0 $(RUN_EMU) build/emu/asan odd > build/emu/log || { tail -n 30 build/emu/log; exit 1; }
-	@tail -n 1 build/emu/log
+	@for case in odd "of 64" "of 128" "300 rows"; do \
+	    ASAN_OPTIONS=detect_leaks=0 $(RUN_EMU) build/emu/asan "$$case" > build/emu/log 2>&1 || { tail -n 30 build/emu/log; exit 1; }; \
+	    echo "test_qwencu with address and undefined sanitizer, $$case: $$(tail -n 1 build/emu/log)"; done
 test-emu-tsan:
 	@command -v clang++ > /dev/null || { echo "SKIP test-emu-tsan: no clang++ here"; exit 0; }; \
-	    $(MAKE) -s build/emu/tsan && $(RUN_EMU) build/emu/tsan "v1: bias" > build/emu/log || { tail -n 30 build/emu/log; exit 1; }; tail -n 1 build/emu/log
+	    $(MAKE) -s build/emu/tsan && for case in "v1: heads of 64" "of 128" "300 rows"; do \
+	    $(RUN_EMU) build/emu/tsan "$$case" > build/emu/log 2>&1 || { tail -n 30 build/emu/log; exit 1; }; \
+	    echo "test_qwencu with thread sanitizer, $$case: $$(tail -n 1 build/emu/log)"; done
 
 # nvcc compiles everything, without a warning, for Ampere, Hopper and the newest it knows; no kernel of the trainer may spill registers.
 test-nvcc: | build

@@ -5,9 +5,9 @@
 // Both sides start from the same weights (rounded to bf16 in a bf16 build) and get the same batches. One line a tensor:
 //    ok   gradient model.layers.0.self_attn.q_proj.weight   896 x 64    error 2.1e-07   worst at 4711
 // error is ||gpu - cpu|| / ||cpu||. In fp32 it must be at most 1e-5: the two differ only in the order of their sums. In bf16 every number on the
-// way is rounded to 8 bits, an error of 2^-9. PyTorch 2.15 in bf16 is 1.3e-2 (median) to 2.8e-2 away from its own double results in
-// the gradients of the fixtures below; twice that is the tolerance here. Every launcher by itself, given the same inputs as its CPU function,
-// must be within 1e-2: dev/cuda checks that.
+// way is rounded to 8 bits, an error of 2^-9. PyTorch in bf16 is 1.7e-2 (median) to 2.8e-2 away from its own double results in the
+// gradients of the fixtures below (dev/test/bf16_error.py); not quite twice that is the tolerance here. Every launcher by itself, given the same
+// inputs as its CPU function, is held to one rounding of bf16 for each that it makes: dev/cuda checks that.
 #define QWEN_NO_MAIN
 #include "train_qwen.cu"
 #include "dev/test/test.h"
@@ -61,6 +61,7 @@ static const Case CASES[] = {
     {"qwen3: heads 4/2 of 128, tied",      {160, 64, 1, 4, 2, 128, 96, 256, 1e6f, 1e-6f, false, true, true},   1, 100, 2, true, RECOMPUTE_LAYERS, 4096, 0},
     {"qwen3: heads 3/1 of 32, untied",     {95, 56, 2, 3, 1, 32, 80, 128, 1e4f, 1e-5f, false, true, false},    1, 64, 2, false, RECOMPUTE_LAYERS, 100, 10},
     {"qwen3: heads 3/1 of 10, odd sizes",  {59, 28, 3, 3, 1, 10, 34, 64, 10000, 1e-6f, false, true, true},     2, 9, 3, true, RECOMPUTE_CHEAP, 7, 10},
+    {"300 rows, more than PARTS; 3 warps", {67, 70, 1, 2, 1, 10, 38, 160, 10000, 1e-6f, true, true, true},     2, 150, 1, true, KEEP_ALL, 4096, 0},
 };
 
 // Random weights that are far from the start of training (biases and norms too), as the GPU will hold them.

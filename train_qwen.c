@@ -414,26 +414,36 @@ float *thread_buffer(int slot, size_t floats) {
 }
 enum { BUFFER_A, BUFFER_B, BUFFER_ATTENTION, BUFFER_ROW };
 
-// C (M, N) = or += A (M, K) B (K, N), on the calling thread. Blocks of both are packed, so that the micro-kernel reads them in order.
+// Packs A (m, kc) as the panels of MR rows that the micro-kernel reads. Panel p begins at out[p * MR * depth]; depth >= kc leaves room for
+// more columns. Likewise B (kc, n) as panels of NR columns.
+void pack_rows(float *out, int depth, View a, int m, int kc) {
+    for (int i = 0; i < m; i += MR)
+        pack_panel(out + (ptrdiff_t)i * depth, view(a.data + i * a.row, a.row, a.col), m - i < MR ? m - i : MR, MR, kc);
+}
+void pack_columns(float *out, int depth, View b, int n, int kc) {
+    for (int j = 0; j < n; j += NR)
+        pack_panel(out + (ptrdiff_t)j * depth, view(b.data + j * b.col, b.col, b.row), n - j < NR ? n - j : NR, NR, kc);
+}
+
+// C (m, n) = or += A (m, kc) B (kc, n), both packed.
+void multiply_packed(float *C, ptrdiff_t ldc, const float *a, int a_depth, const float *b, int b_depth, int m, int n, int kc, WriteMode mode) {
+    for (int j = 0; j < n; j += NR)
+        for (int i = 0; i < m; i += MR)
+            micro_kernel(C + i * ldc + j, ldc, a + (ptrdiff_t)i * a_depth, b + (ptrdiff_t)j * b_depth, kc, m - i < MR ? m - i : MR,
+                         n - j < NR ? n - j : NR, mode);
+}
+
+// C (M, N) = or += A (M, K) B (K, N), on the calling thread.
 void gemm_block(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMode mode) {
-    float *packed_a = thread_buffer(BUFFER_A, (size_t)MC * KC + VL), *packed_b = thread_buffer(BUFFER_B, (size_t)NC * KC);
+    float *a = thread_buffer(BUFFER_A, (size_t)MC * KC + VL), *b = thread_buffer(BUFFER_B, (size_t)NC * KC);
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
             int nc = N - j0 < NC ? N - j0 : NC, kc = K - k0 < KC ? K - k0 : KC;
-            for (int j = 0; j < nc; j += NR) {
-                View columns = {B.data + k0 * B.row + (j0 + j) * B.col, B.col, B.row};
-                pack_panel(packed_b + (ptrdiff_t)j * kc, columns, nc - j < NR ? nc - j : NR, NR, kc);
-            }
+            pack_columns(b, kc, view(B.data + k0 * B.row + j0 * B.col, B.row, B.col), nc, kc);
             for (int i0 = 0; i0 < M; i0 += MC) {
                 int mc = M - i0 < MC ? M - i0 : MC;
-                for (int i = 0; i < mc; i += MR) {
-                    View rows = {A.data + (i0 + i) * A.row + k0 * A.col, A.row, A.col};
-                    pack_panel(packed_a + (ptrdiff_t)i * kc, rows, mc - i < MR ? mc - i : MR, MR, kc);
-                }
-                for (int j = 0; j < nc; j += NR)
-                    for (int i = 0; i < mc; i += MR)
-                        micro_kernel(C + (i0 + i) * ldc + j0 + j, ldc, packed_a + (ptrdiff_t)i * kc, packed_b + (ptrdiff_t)j * kc, kc,
-                                     mc - i < MR ? mc - i : MR, nc - j < NR ? nc - j : NR, k0 > 0 ? ACCUMULATE : mode);
+                pack_rows(a, kc, view(A.data + i0 * A.row + k0 * A.col, A.row, A.col), mc, kc);
+                multiply_packed(C + i0 * ldc + j0, ldc, a, kc, b, kc, mc, nc, kc, k0 > 0 ? ACCUMULATE : mode);
             }
         }
     if (K == 0 && mode == OVERWRITE)
@@ -480,7 +490,8 @@ vec vector_exp(vec x) {
     vec shifted = x * 1.44269504f + 12582912.0f;                 // 1.5 * 2^23 pushes the fraction out: rounds to an integer,
     vec n = shifted - 12582912.0f;                               // which is also in the low bits of `shifted`
     vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;         // ln 2 in two parts, the first exact in 15 bits
-    vec p = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
+    vec r2 = r * r, r4 = r2 * r2;                                // pairs of terms first: less waiting than term by term
+    vec p = (1.0f + r) + r2 * (0.5f + r * (1 / 6.0f)) + r4 * ((1 / 24.0f + r * (1 / 120.0f)) + r2 * (1 / 720.0f + r * (1 / 5040.0f)));
     return p * (vec)(((veci)shifted - 0x4B400000 + 127) << 23);  // 0x4B400000 are the bits of 1.5 * 2^23; 2^n by its exponent
 }
 
@@ -536,14 +547,18 @@ void embedding_forward(float *out, const int *tokens, const float *wte, int N, i
     for (int n = 0; n < N; n++) memcpy(out + (size_t)n * C, wte + (size_t)tokens[n] * C, sizeof(float) * (size_t)C);
 }
 
-// dwte[tokens[n]] += dout[n]. A token may stand in many rows, so threads share the columns, not the rows.
+// dwte[tokens[n]] += dout[n]. A token may stand in many rows, so threads share the columns, COLUMNS at a time, not the rows.
+enum { COLUMNS = 64 };
 void embedding_backward(float *dwte, const float *dout, const int *tokens, int N, int C) {
     #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += 64)
+    for (int c0 = 0; c0 < C; c0 += COLUMNS) {
+        int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
         for (int n = 0; n < N; n++) {
-            float *to = dwte + (size_t)tokens[n] * C;
-            for (int c = c0; c < C && c < c0 + 64; c++) to[c] += dout[(size_t)n * C + c];
+            float *to = dwte + (size_t)tokens[n] * C + c0;
+            const float *from = dout + (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) to[c] += from[c];
         }
+    }
 }
 
 // Each row of inp holds G vectors of C channels, one behind the other; the next row is `stride` floats on. (G = 1 for the norms
@@ -568,13 +583,18 @@ void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const floa
     #pragma omp parallel
     {
         #pragma omp for
-        for (int c0 = 0; c0 < C; c0 += 32)                       // columns are shared out, as in embedding_backward
+        for (int c0 = 0; c0 < C; c0 += COLUMNS) {                // columns are shared out, as in embedding_backward
+            float sum[COLUMNS] = {0};
+            int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
             for (int n = 0; n < N; n++)
                 for (int g = 0; g < G; g++) {
-                    size_t at = (size_t)n * stride + (size_t)g * C;
+                    size_t at = (size_t)n * stride + (size_t)g * C + (size_t)c0;
+                    const float *dy = dout + at, *x = inp + at;
                     float r = rstd[(size_t)n * G + g];
-                    for (int c = c0; c < C && c < c0 + 32; c++) dweight[c] += dout[at + c] * inp[at + c] * r;
+                    for (int c = 0; c < width; c++) sum[c] += dy[c] * x[c] * r;
                 }
+            for (int c = 0; c < width; c++) dweight[c0 + c] += sum[c];
+        }
         #pragma omp for
         for (int n = 0; n < N; n++)
             for (int g = 0; g < G; g++) {
@@ -618,9 +638,15 @@ void matmul_backward(float *dinp, float *dweight, float *dbias, const float *dou
     gemm(dweight, C, view(dout, 1, OC), view(inp, C, 1), OC, C, N, ACCUMULATE);
     if (!dbias) return;
     #pragma omp parallel for
-    for (int o0 = 0; o0 < OC; o0 += 32)
-        for (int n = 0; n < N; n++)
-            for (int o = o0; o < OC && o < o0 + 32; o++) dbias[o] += dout[(size_t)n * OC + o];
+    for (int o0 = 0; o0 < OC; o0 += COLUMNS) {
+        float sum[COLUMNS] = {0};
+        int width = OC - o0 < COLUMNS ? OC - o0 : COLUMNS;
+        for (int n = 0; n < N; n++) {
+            const float *dy = dout + (size_t)n * OC + o0;
+            for (int o = 0; o < width; o++) sum[o] += dy[o];
+        }
+        for (int o = 0; o < width; o++) dbias[o0 + o] += sum[o];
+    }
 }
 
 // cos and sin of every position's angles: table (T, HD / 2, 2), angle = position * base^(-2 i / HD), computed in double.
@@ -654,33 +680,85 @@ void rope(float *x, const int *positions, const float *table, int N, int heads, 
 // Causal attention with grouped heads: query head h reads key and value head h / (NH / NKV). For query position t and the keys
 // j = start[t] .. t of its document:   p_j = softmax_j(q . k_j / sqrt(HD)),   att = sum_j p_j v_j
 // q, k, v are heads inside rows of `stride` floats; att is (N, NH * HD); lse (B, NH, T) keeps log(sum(exp(scores))), from which the
-// backward makes p again. Blocks of ATTENTION_ROWS queries meet all their keys at once: (T, T) is never stored.
-enum { ATTENTION_ROWS = 64 };
+// backward makes p again. (T, T) is never stored: a panel of NR queries meets KEYS keys at a time.
+//
+// Scores are computed transposed, S^T = K Q^T: a query is a lane of a vector, so softmax runs down the columns without ever adding up
+// across a vector, and a block of S^T (keys, NR) is as it stands the packed right operand of the next product, att^T = V^T P^T.
+enum { KEYS = 24 * MR };
 
-// The first key that any of n queries sees.
-int first_key(const int *start, int n) {
-    int first = start[0];
-    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
-    return first;
+// What a panel of queries knows of itself, a lane for each: the keys it may see, and in the forward max and sum of its scores so far.
+typedef struct { veci from, to; vec max, sum; } Lanes;
+
+// Lanes of the queries at positions t .. t + n - 1; lanes beyond see no key.
+void lanes_begin(Lanes lanes[2], const int *start, int t, int n) {
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < VL; i++) {
+            int query = half * VL + i;
+            lanes[half].from[i] = query < n ? start[query] : 1, lanes[half].to[i] = query < n ? t + query : 0;
+            lanes[half].max[i] = -1e30f, lanes[half].sum[i] = 0;
+        }
+}
+veci lanes_see(const Lanes *lanes, int key) { return (lanes->from <= (veci){} + key) & (lanes->to >= (veci){} + key); }
+
+// Online softmax (Milakov and Gimelshein 2018). scores (count, NR) of keys `key` ... become exp(scale * score - max), 0 where a query may not
+// see the key; max and sum go on from the blocks before, whose weights in out (HD, NR) are scaled to the new maximum.
+void softmax_block(float *scores, Lanes lanes[2], float *out, float scale, int key, int count, int HD) {
+    for (int half = 0; half < 2; half++) {
+        const Lanes l = lanes[half];
+        const vec zero = {0}, masked = zero - 1e30f;
+        vec max = l.max, sum = zero;
+        for (int j = 0; j < count; j++) {
+            vec_at *s = (vec_at *)(scores + j * NR + half * VL);
+            vec x = select_vector(lanes_see(&l, key + j), *s * scale, masked);
+            max = select_vector(x > max, x, max);
+            *s = x;
+        }
+        for (int j = 0; j < count; j++) {
+            vec_at *s = (vec_at *)(scores + j * NR + half * VL);
+            vec p = select_vector(*s == masked, zero, vector_exp(*s - max));
+            sum += p;
+            *s = p;
+        }
+        vec shrink = vector_exp(l.max - max);
+        lanes[half].max = max, lanes[half].sum = l.sum * shrink + sum;
+        for (int i = 0; i < HD; i++) *(vec_at *)(out + i * NR + half * VL) *= shrink;
+    }
 }
 
-// One block: queries t0 .. t0 + n - 1 of one head against keys 0 .. t0 + n - 1. k and v point to position 0, all others to t0.
-void attention_block(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int t0, int n,
-                     int HD, int q_stride, int kv_stride, int att_stride) {
-    int first = first_key(start, n), count = t0 + n - first;
-    float *scores = thread_buffer(BUFFER_ATTENTION, (size_t)ATTENTION_ROWS * (size_t)count), scale = 1.0f / sqrtf((float)HD);
-    gemm_block(scores, count, view(q, q_stride, 1), view(k + (size_t)first * kv_stride, 1, kv_stride), n, count, HD, OVERWRITE);
-    for (int i = 0; i < n; i++) {
-        float *row = scores + (size_t)i * count;
-        int from = start[i] - first, to = t0 + i + 1 - first;
-        float max = row_max(row + from, to - from) * scale;
-        float sum = exp_row(row + from, row + from, scale, max, to - from), inverse = 1.0f / sum;
-        for (int j = 0; j < from; j++) row[j] = 0;
-        for (int j = from; j < to; j++) row[j] *= inverse;
-        for (int j = to; j < count; j++) row[j] = 0;
-        if (lse) lse[i] = max + logf(sum);
+// The first key that any of n queries sees, and the block of KEYS it is in.
+int first_block(const int *start, int n) {
+    int first = start[0];
+    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
+    return first / KEYS * KEYS;
+}
+
+// One head: queries at positions past .. past + n - 1 against keys 0 .. past + n - 1. start, lse (may be NULL) begin with the first query.
+void attention_head(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int past, int n, int HD,
+                    int q_stride, int kv_stride, int att_stride) {
+    int total = past + n, depth = HD + MR;
+    float *keys = thread_buffer(BUFFER_ATTENTION, (size_t)(total + MR) * HD + (size_t)total * depth + (size_t)NR * (2 * HD + KEYS + MR) + VL);
+    float *values = keys + (size_t)(total + MR) * HD, *queries = values + (size_t)total * depth, *out = queries + NR * HD;
+    float *p = out + NR * (HD + MR);
+    pack_rows(keys, HD, view(k, kv_stride, 1), total, HD);                           // K (total, HD)
+    pack_rows(values, total, view(v, 1, kv_stride), HD, total);                      // V^T (HD, total)
+    for (int t0 = 0; t0 < n; t0 += NR) {
+        int rows = n - t0 < NR ? n - t0 : NR, end = past + t0 + rows, begin = first_block(start + t0, rows);
+        Lanes lanes[2];
+        lanes_begin(lanes, start + t0, past + t0, rows);
+        pack_columns(queries, HD, view(q + (ptrdiff_t)t0 * q_stride, 1, q_stride), rows, HD);          // Q^T (HD, NR)
+        memset(out, 0, sizeof(float) * NR * (size_t)HD);                             // att^T (HD, NR)
+        for (int key = begin; key < end; key += KEYS) {
+            int count = end - key < KEYS ? end - key : KEYS;
+            multiply_packed(p, NR, keys + (ptrdiff_t)key * HD, HD, queries, HD, count, NR, HD, OVERWRITE);
+            softmax_block(p, lanes, out, 1.0f / sqrtf((float)HD), key, count, HD);
+            multiply_packed(out, NR, values + (ptrdiff_t)key * MR, total, p, count, HD, NR, count, ACCUMULATE);
+        }
+        for (int i = 0; i < rows; i++) {
+            float sum = lanes[i / VL].sum[i % VL], inverse = 1.0f / sum;
+            for (int c = 0; c < HD; c++) att[(ptrdiff_t)(t0 + i) * att_stride + c] = out[c * NR + i] * inverse;
+            if (lse) lse[t0 + i] = lanes[i / VL].max[i % VL] + logf(sum);
+        }
     }
-    gemm_block(att, att_stride, view(scores, count, 1), view(v + (size_t)first * kv_stride, kv_stride, 1), n, HD, count, OVERWRITE);
 }
 
 void attention_forward(float *att, float *lse, const float *q, const float *k, const float *v, const int *start,
@@ -688,12 +766,20 @@ void attention_forward(float *att, float *lse, const float *q, const float *k, c
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < NH; h++) {
-            size_t row = (size_t)b * T, kv_head = (size_t)(h / (NH / NKV)) * HD;
-            for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS)
-                attention_block(att + (row + t0) * NH * HD + (size_t)h * HD, lse + (row * NH + (size_t)h * T) + t0,
-                                q + (row + t0) * stride + (size_t)h * HD, k + row * stride + kv_head, v + row * stride + kv_head,
-                                start + row + t0, t0, T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, HD, stride, stride, NH * HD);
+            size_t row = (size_t)b * T, head = (size_t)h * HD, kv_head = (size_t)(h / (NH / NKV)) * HD;
+            attention_head(att + row * NH * HD + head, lse + row * NH + (size_t)h * T, q + row * stride + head, k + row * stride + kv_head,
+                           v + row * stride + kv_head, start + row, 0, T, HD, stride, stride, NH * HD);
         }
+}
+
+// The one query of a generated token against `count` keys: no more than reading keys and values once.
+void attention_row(float *att, const float *q, const float *k, const float *v, int count, int HD, int kv_stride) {
+    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)count);
+    for (int j = 0; j < count; j++) p[j] = dot(q, k + (ptrdiff_t)j * kv_stride, HD);
+    float scale = 1.0f / sqrtf((float)HD), sum = exp_row(p, p, scale, scale * row_max(p, count), count);
+    memset(att, 0, sizeof(float) * (size_t)HD);
+    for (int j = 0; j < count; j++)
+        for (int c = 0; c < HD; c++) att[c] += p[j] / sum * v[(ptrdiff_t)j * kv_stride + c];
 }
 
 // Keys and values of one sequence so far, so that generating a token needs the forward pass of that token only.
@@ -719,53 +805,98 @@ void attention_cached(float *att, const float *q, const float *k, const float *v
         memcpy(values + (size_t)(past + t) * width, v + (size_t)t * stride, sizeof(float) * (size_t)width);
     }
     #pragma omp parallel for
-    for (int h = 0; h < NH; h++)
-        for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS)
-            attention_block(att + (size_t)t0 * NH * HD + (size_t)h * HD, NULL, q + (size_t)t0 * stride + (size_t)h * HD,
-                            keys + (size_t)(h / (NH / NKV)) * HD, values + (size_t)(h / (NH / NKV)) * HD, cache->zeros, past + t0,
-                            T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, HD, stride, width, NH * HD);
+    for (int h = 0; h < NH; h++) {
+        const float *q_head = q + (size_t)h * HD, *k_head = keys + (size_t)(h / (NH / NKV)) * HD, *v_head = values + (size_t)(h / (NH / NKV)) * HD;
+        float *att_head = att + (size_t)h * HD;
+        if (T == 1) attention_row(att_head, q_head, k_head, v_head, past + 1, HD, width);
+        else attention_head(att_head, NULL, q_head, k_head, v_head, cache->zeros, past, T, HD, stride, width, NH * HD);
+    }
+}
+
+// With lse and back = datt . att of each lane: scores become p = exp(scale * score - lse), dp becomes ds = p (dp - back) scale.
+void softmax_backward_block(float *scores, float *dp, const Lanes lanes[2], const vec lse[2], const vec back[2], float scale, int key, int count) {
+    const vec zero = {0};
+    for (int j = 0; j < count; j++)
+        for (int half = 0; half < 2; half++) {
+            vec_at *s = (vec_at *)(scores + j * NR + half * VL), *d = (vec_at *)(dp + j * NR + half * VL);
+            *s = select_vector(lanes_see(&lanes[half], key + j), vector_exp(*s * scale - lse[half]), zero);
+            *d = *s * (*d - back[half]) * scale;
+        }
 }
 
 // dq, dk, dv = (rows of `stride` floats, laid out as q, k, v). With p_ij of query i and key j, datt of att:
-//    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      dscore_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
-//    dq_i = sum_j dscore_ij k_j    dk_j = sum_i dscore_ij q_i
-// One task is one key/value head with all of its query heads, so dk and dv have one writer.
+//    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      ds_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
+//    dq_i = sum_j ds_ij k_j        dk_j = sum_i ds_ij q_i
+// One task is one key/value head with all of its query heads, so dk and dv have one writer. QUERIES queries, some panels of NR, meet KEYS keys
+// at a time; p and ds are transposed as in the forward, (keys, NR) for each panel.
+enum { QUERIES = 64 };
+typedef struct { float *keys, *values, *keys_t, *queries, *datts, *queries_t, *datts_t, *dq_t, *p, *ds, *left; } AttentionBuffers;
+
+void attention_backward_block(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,
+                              const int *start, const AttentionBuffers *a, int t0, int n, int T, int HD, int stride, int att_stride) {
+    float scale = 1.0f / sqrtf((float)HD);
+    Lanes lanes[QUERIES / VL];
+    vec lses[QUERIES / VL] = {{0}}, backs[QUERIES / VL] = {{0}};
+    for (int i = 0; i < n; i += NR) lanes_begin(lanes + i / VL, start + i, t0 + i, n - i);
+    for (int i = 0; i < n; i++) {
+        lses[i / VL][i % VL] = lse[i];
+        backs[i / VL][i % VL] = dot(datt + (ptrdiff_t)i * att_stride, att + (ptrdiff_t)i * att_stride, HD);
+    }
+    pack_columns(a->queries_t, HD, view(q, 1, stride), n, HD);                       // Q^T (HD, n)
+    pack_columns(a->datts_t, HD, view(datt, 1, att_stride), n, HD);
+    pack_columns(a->queries, n, view(q, stride, 1), HD, n);                          // Q (n, HD)
+    pack_columns(a->datts, n, view(datt, att_stride, 1), HD, n);
+    memset(a->dq_t, 0, sizeof(float) * (size_t)QUERIES * (size_t)HD);                // dQ^T, (HD, NR) for each panel
+    for (int key = first_block(start, n); key < t0 + n; key += KEYS) {
+        int count = t0 + n - key < KEYS ? t0 + n - key : KEYS;
+        for (int i = 0; i < n; i += NR) {
+            int end = t0 + (i + NR < n ? i + NR : n) - key, seen = end < 0 ? 0 : end < count ? end : count;
+            float *p = a->p + i * KEYS, *ds = a->ds + i * KEYS;
+            multiply_packed(p, NR, a->keys + (ptrdiff_t)key * HD, HD, a->queries_t + i * HD, HD, seen, NR, HD, OVERWRITE);
+            multiply_packed(ds, NR, a->values + (ptrdiff_t)key * HD, HD, a->datts_t + i * HD, HD, seen, NR, HD, OVERWRITE);
+            softmax_backward_block(p, ds, lanes + i / VL, lses + i / VL, backs + i / VL, scale, key, seen);
+            memset(p + seen * NR, 0, sizeof(float) * (size_t)((count - seen) * NR));
+            memset(ds + seen * NR, 0, sizeof(float) * (size_t)((count - seen) * NR));
+            multiply_packed(a->dq_t + i * HD, NR, a->keys_t + (ptrdiff_t)key * MR, T, ds, seen, HD, NR, seen, ACCUMULATE);
+        }
+        for (int which = 0; which < 2; which++) {                // dV += P^T dAtt, dK += dS^T Q; P^T (count, n) has to be packed as rows
+            const float *panels = which ? a->ds : a->p;
+            for (int j = 0; j < count; j += MR)
+                for (int i = 0; i < n; i += NR)
+                    pack_panel(a->left + j * n + i * MR, view(panels + i * KEYS + j * NR, NR, 1), count - j < MR ? count - j : MR, MR,
+                               n - i < NR ? n - i : NR);
+            multiply_packed((which ? dk : dv) + (ptrdiff_t)key * stride, stride, a->left, n, which ? a->queries : a->datts, n, count, HD, n,
+                            ACCUMULATE);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int c = 0; c < HD; c++) dq[(ptrdiff_t)i * stride + c] = a->dq_t[i / NR * NR * HD + c * NR + i % NR];
+}
+
 void attention_backward(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,
                         const float *k, const float *v, const int *start, int B, int T, int NH, int NKV, int HD, int stride) {
     int group = NH / NKV;
-    float scale = 1.0f / sqrtf((float)HD);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < NKV; g++) {
-            size_t row = (size_t)b * T, kv = row * stride + (size_t)g * HD;
+            size_t row = (size_t)b * T, kv = row * stride + (size_t)g * HD, rows = (size_t)T + MR, width = (size_t)HD + NR;
+            float *at = thread_buffer(BUFFER_ATTENTION, 3 * rows * width + 5 * QUERIES * width + QUERIES * (3 * KEYS + 2 * MR));
+            AttentionBuffers a;
+            a.keys = at, a.values = at += rows * width, a.keys_t = at += rows * width, a.queries = at += rows * width;
+            a.datts = at += QUERIES * width, a.queries_t = at += QUERIES * width, a.datts_t = at += QUERIES * width, a.dq_t = at += QUERIES * width;
+            a.p = at += QUERIES * width, a.ds = at += QUERIES * KEYS, a.left = at += QUERIES * KEYS;
+            pack_rows(a.keys, HD, view(k + kv, stride, 1), T, HD);                   // K (T, HD)
+            pack_rows(a.values, HD, view(v + kv, stride, 1), T, HD);                 // V (T, HD)
+            pack_rows(a.keys_t, T, view(k + kv, 1, stride), HD, T);                  // K^T (HD, T)
             for (int t = 0; t < T; t++) {
                 memset(dk + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
                 memset(dv + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
             }
             for (int h = g * group; h < (g + 1) * group; h++)
-                for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
-                    int n = T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS;
-                    int first = first_key(start + row + t0, n), count = t0 + n - first;
-                    size_t queries = (row + t0) * stride + (size_t)h * HD, outputs = (row + t0) * NH * HD + (size_t)h * HD;
-                    size_t keys = kv + (size_t)first * stride;
-                    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)T);
-                    float *dp = p + (size_t)n * count;
-                    View datt_block = view(datt + outputs, (ptrdiff_t)NH * HD, 1);
-                    gemm_block(p, count, view(q + queries, stride, 1), view(k + keys, 1, stride), n, count, HD, OVERWRITE);
-                    gemm_block(dp, count, datt_block, view(v + keys, 1, stride), n, count, HD, OVERWRITE);
-                    for (int i = 0; i < n; i++) {
-                        float *p_row = p + (size_t)i * count, *dp_row = dp + (size_t)i * count;
-                        size_t out_row = outputs + (size_t)i * NH * HD;
-                        int from = start[row + t0 + i] - first, to = t0 + i + 1 - first;
-                        float back = dot(datt + out_row, att + out_row, HD);
-                        exp_row(p_row + from, p_row + from, scale, lse[(row * NH + (size_t)h * T) + t0 + i], to - from);
-                        for (int j = 0; j < from; j++) p_row[j] = dp_row[j] = 0;
-                        for (int j = from; j < to; j++) dp_row[j] = p_row[j] * (dp_row[j] - back) * scale;
-                        for (int j = to; j < count; j++) p_row[j] = dp_row[j] = 0;
-                    }
-                    gemm_block(dv + keys, stride, view(p, 1, count), datt_block, count, HD, n, ACCUMULATE);
-                    gemm_block(dq + queries, stride, view(dp, count, 1), view(k + keys, stride, 1), n, HD, count, OVERWRITE);
-                    gemm_block(dk + keys, stride, view(dp, 1, count), view(q + queries, stride, 1), count, HD, n, ACCUMULATE);
+                for (int t0 = 0; t0 < T; t0 += QUERIES) {
+                    size_t in = (row + t0) * stride + (size_t)h * HD, out = (row + t0) * NH * HD + (size_t)h * HD;
+                    attention_backward_block(dq + in, dk + kv, dv + kv, datt + out, att + out, lse + row * NH + (size_t)h * T + t0, q + in,
+                                             start + row + t0, &a, t0, T - t0 < QUERIES ? T - t0 : QUERIES, T, HD, stride, NH * HD);
                 }
         }
 }
@@ -1086,6 +1217,7 @@ double gradient_norm(const float *grads, size_t count) {
     for (int part = 0; part < PARTS; part++) {
         size_t end = (size_t)(part + 1) * size < count ? (size_t)(part + 1) * size : count;
         double sum = 0;
+        #pragma omp simd reduction(+:sum)
         for (size_t i = (size_t)part * size; i < end; i++) sum += (double)grads[i] * (double)grads[i];
         partial[part] = sum;
     }

@@ -287,7 +287,7 @@ enum { NUM_PRESETS = sizeof PRESETS / sizeof PRESETS[0] };
 //    exp_row(out, inp, scale, shift, n)        out[i] = exp(scale * inp[i] - shift), returns the sum of out
 //    gemm(C, ldc, A, B, M, N, K, mode)         C (M, N) = or += A (M, K) B (K, N)
 //    gemm_block(...)                           the same on one thread, for use inside a parallel region
-//    dot, row_max                              sum of products, largest element
+//    dot, dot_half, row_max                    sum of products, the same with bf16 weights, largest element
 // A and B are Views: gemm(C, N, view(A, K, 1), view(B, N, 1), ...) takes both as they are, view(B, 1, K) takes B transposed.
 //
 // Vectors are those of GCC and Clang: + - * work on all elements, and the compiler picks the instructions.
@@ -320,6 +320,7 @@ enum {
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t veci __attribute__((vector_size(VL * 4)));
 typedef float vec_at __attribute__((vector_size(VL * 4), aligned(4), may_alias));    // a vector anywhere in memory
+typedef uint16_t half_at __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
 #ifdef __CUDACC__
 #define UNROLL               // nvcc does not know the pragmas of the host compiler
@@ -533,6 +534,58 @@ float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
+uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
+uint16_t float_to_bf16(float x) {                                // rounds to nearest, ties to even
+    uint32_t bits = float_bits(x);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);            // NaN stays NaN
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Generating reads every weight once a token, and memory is slower than arithmetic. Where all weights of a model are bf16 numbers, as in most
+// published checkpoints, reading a copy of 2 bytes a weight gives the same bits in half of the time. Not for training: weights change there.
+typedef struct { const float *weights; size_t count; uint16_t *halves; } HalfWeights;
+static HalfWeights half_weights;         // of one model
+
+void half_weights_free(const float *weights) {
+    if (half_weights.weights != weights) return;
+    free(half_weights.halves);
+    memset(&half_weights, 0, sizeof half_weights);
+}
+void half_weights_make(const float *weights, size_t count) {
+    bool exact = true;
+    #pragma omp parallel for reduction(&&:exact)
+    for (size_t i = 0; i < count; i++) exact = exact && (float_bits(weights[i]) & 0xFFFF) == 0;
+    half_weights_free(half_weights.weights);
+    uint16_t *halves = exact ? (uint16_t *)malloc(count * sizeof(uint16_t)) : NULL;  // if there is no room for it, it goes without
+    if (!halves) return;
+    #pragma omp parallel for
+    for (size_t i = 0; i < count; i++) halves[i] = (uint16_t)(float_bits(weights[i]) >> 16);
+    half_weights.weights = weights, half_weights.count = count, half_weights.halves = halves;
+}
+const uint16_t *half_of(const float *weight) {                   // the copy of this weight, or NULL
+    bool inside = weight >= half_weights.weights && weight < half_weights.weights + half_weights.count;
+    return inside ? half_weights.halves + (weight - half_weights.weights) : NULL;
+}
+
+// The sum of dot, in the same order, with bf16 numbers.
+float dot_half(const float *a, const uint16_t *b, int n) {
+    vec sums0 = {0}, sums1 = {0};
+    int i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        veci b0 = __builtin_convertvector(*(const half_at *)(b + i), veci) << 16;
+        veci b1 = __builtin_convertvector(*(const half_at *)(b + i + VL), veci) << 16;
+        sums0 += *(const vec_at *)(a + i) * (vec)b0;
+        sums1 += *(const vec_at *)(a + i + VL) * (vec)b1;
+    }
+    float sum = 0;
+    for (int j = 0; j < VL; j++) sum += sums0[j] + sums1[j];
+    for (; i < n; i++) sum += a[i] * bf16_to_float(b[i]);
+    return sum;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // SECTION 4. Layers, forward and backward
 //
@@ -616,10 +669,12 @@ void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const floa
 // One or few rows (sampling) are dot products with the rows of weight: then reading weight from memory is all that counts.
 void matmul_forward(float *out, const float *inp, const float *weight, const float *bias, int N, int C, int OC, WriteMode mode) {
     if (N < 4) {
+        const uint16_t *half = half_of(weight);
         #pragma omp parallel for
         for (int o = 0; o < OC; o++)
             for (int n = 0; n < N; n++) {
-                float *to = out + (size_t)n * OC + o, sum = dot(inp + (size_t)n * C, weight + (size_t)o * C, C);
+                const float *x = inp + (size_t)n * C;
+                float *to = out + (size_t)n * OC + o, sum = half ? dot_half(x, half + (size_t)o * C, C) : dot(x, weight + (size_t)o * C, C);
                 *to = (mode == ACCUMULATE ? *to : 0) + sum + (bias ? bias[o] : 0);
             }
         return;
@@ -1200,6 +1255,7 @@ void model_alloc_run(Model *m, int B, int T, int positions, Recompute recompute,
 
 void model_free(Model *m) {
     cache_free(&m->cache);
+    half_weights_free(m->params_memory);
     free(m->params_memory), free(m->grads_memory), free(m->m_memory), free(m->v_memory), free(m->rope);
     free(m->acts.memory), free(m->acts.layers), free(m->params.layers), free(m->grads.layers), free(m->table.list);
     memset(m, 0, sizeof *m);
@@ -1273,15 +1329,6 @@ typedef enum { F32, BF16, F16 } Dtype;
 static const char *const DTYPE_NAMES[] = {"F32", "BF16", "F16", NULL};
 size_t dtype_bytes(Dtype d) { return d == F32 ? 4 : 2; }
 
-uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-
-float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
-uint16_t float_to_bf16(float x) {                                // rounds to nearest, ties to even
-    uint32_t bits = float_bits(x);
-    if (x != x) return (uint16_t)(bits >> 16 | 0x40);            // NaN stays NaN
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
 float f16_to_float(uint16_t h) {                                 // 1 sign, 5 exponent, 10 mantissa bits
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7FFF) << 13;
     if ((h & 0x7C00) == 0x7C00) return bits_float(sign | 0x7F800000 | magnitude);    // infinity, NaN
@@ -1749,7 +1796,10 @@ double machine_loss(Model *m, const Batch *batch, int B, int T) { return model_l
 
 void machine_restart(Model *m) {
     const Config *c = &m->config;
-    if (m->cache.capacity != m->positions) cache_free(&m->cache), m->cache = cache_alloc(c->L, c->NKV, c->HD, m->positions);
+    if (m->cache.capacity != m->positions) {                     // the first time
+        cache_free(&m->cache), m->cache = cache_alloc(c->L, c->NKV, c->HD, m->positions);
+        if (!m->grads_memory) half_weights_make(m->params_memory, m->table.num_params);
+    }
     m->cache.length = 0;
 }
 float *machine_decode(Model *m, const int *tokens, int count) { return model_decode(m, &m->cache, tokens, count); }

@@ -200,13 +200,44 @@ void bench_update(void) {
     }
 }
 
+// ---- generation ----
+
+void bench_generate(void) {
+    Config c = find_preset("qwen2.5-0.5b")->config;
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        Model m = {};
+        model_alloc(&m, &c);
+        #pragma omp parallel for
+        for (size_t i = 0; i < m.table.num_params; i++)          // numbers of 8 bits are bf16 numbers, of 9 bits they are not
+            m.params_memory[i] = (float)((int)(i * 2654435761u >> 8 & 127) - 64 + (bf16 ? 0 : 0.001f)) / 4096.0f;
+        machine_open(&m, 1, 64, 1, 256, KEEP_ALL, EVALUATE);
+        machine_restart(&m);
+        int prompt[64];
+        for (int i = 0; i < 64; i++) prompt[i] = i * 37;
+        double begin = now_s(), times[15], limits[15], weights = (double)m.table.num_params * (bf16 ? 2 : 4);
+        machine_decode(&m, prompt, 64);
+        if (bf16 == 0) printf("\ngeneration, %d threads, Qwen2.5-0.5B's shape: prompt of 64 tokens in %.2f s\n", threads, now_s() - begin);
+        for (int i = 0; i < 15; i++) {
+            double limit = triad(threads, 1);
+            begin = now_s();
+            machine_decode(&m, prompt, 1);
+            times[i] = now_s() - begin, limits[i] = weights / times[i] / limit;
+        }
+        double seconds = median(times, 15);
+        printf("  weights in %s: %6.2f tokens/s, %5.1f GB/s of weights, %.0f %% of the triad\n", bf16 ? "bf16" : "fp32", 1 / seconds,
+               weights / seconds / 1e9, 100 * median(limits, 15));
+        machine_close(&m);
+    }
+}
+
 int main(int argc, char **argv) {
     const char *only = argc > 1 ? argv[1] : "";
 #ifdef _OPENMP
     threads = omp_get_max_threads();
 #endif
     #define PART(name) (strncmp(name, only, strlen(only)) == 0)
-    CHECK(PART("limits") || PART("matmul") || PART("layers") || PART("update"), "%s is no part; there are limits, matmul, layers, update", only);
+    CHECK(PART("limits") || PART("matmul") || PART("layers") || PART("update") || PART("generate"),
+          "%s is no part; there are limits, matmul, layers, update, generate", only);
     setvbuf(stdout, NULL, _IOLBF, 0);
     printf("%s, %s\n", processor_name(), machine_text());
     for (int t = 1; t <= threads; t = t < threads ? threads : threads + 1)
@@ -214,5 +245,6 @@ int main(int argc, char **argv) {
     if (PART("matmul")) bench_matmul();
     if (PART("layers")) bench_layers();
     if (PART("update")) bench_update();
+    if (PART("generate")) bench_generate();
     return 0;
 }

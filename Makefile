@@ -1,6 +1,7 @@
 # make train_qwen && ./train_qwen     build the trainer and train a small model on a small Chinese corpus
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
+# make bench                          speed, against the limits of this machine
 # make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
@@ -76,6 +77,13 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 	$(GENERATE) --out $(TINY) --seed 1
 	./prepare --trim-vocab --val-fraction 0.05 --out $(TINY) $(TINY)/wiki.json $(TINY)/baike.jsonl $(TINY)/web.jsonl
 
+# How fast the CPU code is, against what this machine can do; and matrix multiplication from three loops to the one in use.
+CPU_SOURCES := train_qwen.c tokenizer.h dataloader.h dev/cpu/bench.h
+build/cpu_%: dev/cpu/%.c $(CPU_SOURCES) build/flags
+	$(CC) $(FLAGS) $(OPENMP) -o $@ $< -lm
+bench: build/cpu_bench
+	OMP_WAIT_POLICY=active build/cpu_bench
+
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
 TESTS := test_train test_tokenizer test_tiny_baike
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -139,10 +147,11 @@ test-nvcc: | build
 test-gpu: $(if $(GPU),test_qwencu)
 	$(if $(GPU),./test_qwencu,@echo "SKIP there is no GPU here; the emulator ran every kernel instead")
 
-test: $(PROGRAMS) $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
+test: $(PROGRAMS) $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
 	$(foreach t,$(TESTS),build/$(t) && $(RUN_SANITIZED) build/sanitized_$(t) && ) true
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
+	build/cpu_matmul check
 	$(MAKE) -s test-emu test-nvcc test-gpu
 	@echo "all tests passed"
 
@@ -162,5 +171,5 @@ debug: train_qwen.c | build
 clean:
 	rm -rf build $(PROGRAMS) train_qwencu test_qwencu
 
-.PHONY: FORCE all notes tiny_baike test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
+.PHONY: FORCE all notes tiny_baike bench test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

@@ -31,7 +31,7 @@ void run_matmul(void *argument) {
 
 void bench_matmul(void) {
     static const int shapes[][3] = {{2048, 256, 768}, {2048, 256, 1408}, {2048, 704, 256}, {2048, 512, 1536}, {1024, 1024, 4096},
-                                    {2048, 256, 6000}, {256, 128, 768}, {256, 384, 128}, {256, 128, 7680}};
+                                    {2048, 256, 7680}, {256, 128, 768}, {256, 384, 128}, {256, 128, 7680}};
     enum { COUNT = sizeof shapes / sizeof shapes[0] };
     for (int t = 1; t <= threads; t = t < threads ? threads : threads + 1) {
         double log_sum = 0, least = 1;
@@ -124,7 +124,7 @@ void layers_free(Layers *s) {
 
 void bench_layers(void) {
     //                 V     C   L NH NKV HD    I  max_T  base   eps    bias   qk_norm tied
-    Config c = {6400, 512, 4, 8, 4, 64, 1408, 4096, 10000, 1e-6f, false, false, true};
+    Config c = {7680, 512, 4, 8, 4, 64, 1408, 4096, 10000, 1e-6f, false, false, true};
     int B = 4, T = 512;
     Layers s = layers_make(&c, B, T);
     Batch batch = {s.tokens, s.targets, s.start, s.weights};
@@ -180,9 +180,9 @@ void bench_update(void) {
     static const struct { const char *name; Config config; int B, T; } cases[] = {
         //                            V     C   L  NH NKV HD   I   max_T  base    eps    bias  qk_norm tied
         {"tiny (the default run)", {7680,  128, 5,  2, 1, 64,  384, 4096, 10000, 1e-6f, false, true,  true}, 2, 128},
-        {"width 256, 8 layers",    {6000,  256, 8,  4, 2, 64,  704, 4096, 10000, 1e-6f, true,  false, true}, 8, 256},
-        {"width 512, 8 layers",    {6400,  512, 8,  8, 4, 64, 1408, 4096, 10000, 1e-6f, true,  false, true}, 4, 256},
-        {"width 1024, 4 layers",   {8192, 1024, 4, 16, 8, 64, 2816, 4096, 10000, 1e-6f, true,  false, true}, 4, 256},
+        {"width 256, 8 layers",    {7680,  256, 8,  4, 2, 64,  704, 4096, 10000, 1e-6f, true,  false, true}, 8, 256},
+        {"width 512, 8 layers",    {7680,  512, 8,  8, 4, 64, 1408, 4096, 10000, 1e-6f, true,  false, true}, 4, 256},
+        {"width 1024, 4 layers",   {7680, 1024, 4, 16, 8, 64, 2816, 4096, 10000, 1e-6f, true,  false, true}, 4, 256},
     };
     for (int t = 1; t <= threads; t = t < threads ? threads : threads + 1) {
         printf("\nupdate (forward, backward, clip, AdamW), %d thread%s\n  %-26s %9s %11s %12s\n", t, t == 1 ? "" : "s", "", "ms", "tokens/s", "% of FMA peak");

@@ -144,8 +144,8 @@ inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPrefere
     return EMU_BLAS_UNSUPPORTED("preference attribute %d: not in this emulator", which);
 }
 
-// Up to two algorithms: first one that splits k and so wants D as floats for workspace, if it may; then one that needs none. Both rely on the
-// alignments that the preference promises, and on that of the bias that is set now (none: the best).
+// Up to two algorithms: first one that splits k and so wants D as floats for workspace, if it may; then one that needs none. Both rely on
+// the alignments that the preference promises, and on that of the bias that is set now (none: the best).
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t handle, cublasLtMatmulDesc_t op, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
     cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int requested, cublasLtMatmulHeuristicResult_t *results,
@@ -204,8 +204,8 @@ inline cublasStatus_t cublasLtMatmul(
     if (bias != nullptr && !emu::is_device(bias, d_layout->rows * emu::type_bytes(d_layout->type)))
         return EMU_BLAS_INVALID("the bias, %zu numbers at %p, is not (all) device memory", d_layout->rows, bias);
     if ((uintptr_t)bias % chosen.alignment[4] != 0)
-        return EMU_BLAS_INVALID("the bias at %p: the algorithm relies on the %u byte alignment of the one that was set when it was chosen", bias,
-                                chosen.alignment[4]);
+        return EMU_BLAS_INVALID("the bias at %p: the algorithm relies on the %u byte alignment of the one that was set when it was chosen",
+                                bias, chosen.alignment[4]);
 
     bool transa = op->transa != CUBLAS_OP_N, transb = op->transb != CUBLAS_OP_N;
     emu::Gemm g = {transa, transb, d_layout->rows, d_layout->cols, transa ? a_layout->rows : a_layout->cols,

@@ -57,8 +57,10 @@ typedef struct {
 static const Case CASES[] = {
     {"v1: bias, untied, odd sizes", {67, 18, 2, 3, 3, 6, 22, 64, 10000, 1e-6f, true, false, false},
      2, 13, 1, false, KEEP_ALL, 4096, 10},
-    {"v1: heads of 64, 9000 tokens", {9000, 48, 1, 2, 2, 64, 40, 256, 10000, 1e-6f, true, false, false},
+    {"v1: heads of 64", {96, 48, 1, 2, 2, 64, 40, 256, 10000, 1e-6f, true, false, false},
      1, 130, 1, true, KEEP_ALL, 4096, 2},
+    {"v1: 9000 tokens, several a thread", {9000, 24, 1, 2, 2, 8, 40, 64, 10000, 1e-6f, true, false, false},
+     1, 11, 1, true, KEEP_ALL, 4096, 10},
     {"qwen2: heads 14/2 of 64, tied", {131, 40, 1, 14, 2, 64, 72, 256, 1e6f, 1e-6f, true, false, true},
      2, 67, 1, true, RECOMPUTE_CHEAP, 50, 2},
     {"qwen3: heads 4/2 of 128, tied", {160, 64, 1, 4, 2, 128, 96, 256, 1e6f, 1e-6f, false, true, true},

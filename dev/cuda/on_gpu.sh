@@ -6,7 +6,7 @@
 #    sanitizers  compute-sanitizer's four tools on small cases of test_qwencu
 #    times       the tables of the programs of dev/cuda
 #    training    some updates of real sizes: tokens/s, % of peak
-# A failure is noted and the rest goes on; the exit code is the verdict. An hour at most, some 20 GB of disk in $TMPDIR.
+# A failure is noted and the rest goes on; the exit code is the verdict. An hour at most; some 25 GB of disk in $TMPDIR, for checkpoints that are deleted.
 #
 # EMULATE=1 runs the same on the emulator, at sizes that it can bear, and writes build/on_gpu/emulator.md: a test of this script.
 # To do less: PRECISIONS and KERNELS (words), CASES and RUNS (separated by ;) can be given.
@@ -41,8 +41,11 @@ try() {
     echo "$*" | cut -c 1-140
     timeout "$seconds" "$@" > "$log" 2>&1
     code=$?
-    [ $code = 0 ] || failures=$((failures + 1))
     [ $code != 124 ] || echo "killed after $seconds s" >> "$log"
+    [ $code = 0 ] && return 0
+    failures=$((failures + 1))
+    printf '\n    %s\n' "$*" >> "$failed"
+    { grep -m 10 -E 'FAIL|rror|========= [A-Z]' "$log" || tail -n 5 "$log"; } | cut -c 1-200 | sed 's/^/        /' >> "$failed"
     return $code
 }
 # row NAME LOG: a line of a table from what LOG.log says last, with what went wrong below it
@@ -55,9 +58,10 @@ row() {
 build() { try "make_$(basename "$3")" 1200 make "$1" "PRECISION=$2" "GPU_ARCH=${GPU_ARCH:-native} -lineinfo" && mv "$1" "$built/$3"; }
 
 checks=$built/checks.md sanitizers=$built/sanitizers.md times=$built/times.md training=$built/training.md
-for part in "$checks" "$sanitizers" "$times" "$training"; do : > "$part"; done
+failed=$built/failed.md                           # what went wrong: the command and the first lines that say so
+for part in "$checks" "$sanitizers" "$times" "$training" "$failed"; do : > "$part"; done
 
-if [ -n "$EMULATE" ]; then compile=(dev/emu/emucc); else compile=(nvcc -std=c++17 -arch=native -lcublasLt -lcublas); fi
+if [ -n "$EMULATE" ]; then compile=(dev/emu/emucc); else compile=(nvcc -std=c++17 "-arch=${GPU_ARCH:-native}" -lcublasLt -lcublas); fi
 if try make_semantics 600 "${compile[@]}" dev/emu/test/semantics.cu -o "$built/semantics"; then
     try semantics 600 "$built/semantics"; row dev/emu/test/semantics.cu semantics $? >> "$checks"
 else row dev/emu/test/semantics.cu make_semantics 1 >> "$checks"; fi
@@ -116,6 +120,7 @@ fi
         printf '\n## %s\n\n| what | verdict | last line |\n|---|---|---|\n' "${part^}"
         cat "$built/$part.md"
     done
+    [ ! -s "$failed" ] || { printf '\n## Failures\n'; cat "$failed"; }
     command -v compute-sanitizer > /dev/null || printf '\ncompute-sanitizer was not found: skipped.\n'
     [ ! -s "$times" ] || { printf '\n## Kernels\n'; cat "$times"; }
 } > "$report"

@@ -6,7 +6,8 @@
 #    sanitizers  compute-sanitizer's four tools on small cases of test_qwencu
 #    times       the tables of the programs of dev/cuda
 #    training    some updates of real sizes: tokens/s, % of peak
-# A failure is noted and the rest goes on; the exit code is the verdict. An hour at most; some 25 GB of disk in $TMPDIR, for checkpoints that are deleted.
+# A failure is noted and the rest goes on; the exit code is the verdict. An hour at most; some 25 GB of disk in $TMPDIR, for checkpoints
+# that are deleted.
 #
 # EMULATE=1 runs the same on the emulator, at sizes that it can bear, and writes build/on_gpu/emulator.md: a test of this script.
 # To do less: PRECISIONS and KERNELS (words), CASES and RUNS (separated by ;) can be given.

@@ -57,7 +57,9 @@ CUDA_SOURCES := train_qwen.cu train_qwen.c tokenizer.h dataloader.h $(wildcard d
 EMU_SOURCES := $(wildcard dev/emu/*.h dev/emu/cuda.sed dev/emu/emucc)
 NVCC_FLAGS := -O3 -std=c++17 -Xcompiler -O3,-fopenmp,-Wno-unknown-pragmas
 EMUCC = CXX=$(CXX) dev/emu/emucc
-CUDACC = $(if $(EMULATE),$(EMUCC) -O2 $(ARCH),nvcc $(NVCC_FLAGS) -arch=$(GPU_ARCH) -lcublasLt)
+# Tests include the whole trainer and use some of it: g++ need not compile the rest.
+WHOLE := $(if $(findstring clang,$(CXX)),,-fwhole-program)
+CUDACC = $(if $(EMULATE),$(EMUCC) -O2 $(ARCH) $(WHOLE),nvcc $(NVCC_FLAGS) -arch=$(GPU_ARCH) -lcublasLt)
 build/cuda_flags: FORCE | build
 	@echo '$(CUDACC) $(PRECISION)' | cmp -s - $@ || echo '$(CUDACC) $(PRECISION)' > $@
 train_qwencu test_qwencu: %_qwencu: %_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
@@ -100,11 +102,11 @@ RUN_EMU := OMP_WAIT_POLICY=passive
 $(KERNELS:%=build/%): build/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
 build/emu/test_%: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $(FLAGS_$*) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
 build/emu/train_%: train_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $(FLAGS_$*) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
 build/emu/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $< -o $@
 build/emu/%: dev/emu/test/%.cu $(EMU_SOURCES) build/flags
 	$(EMUCC) -Wall -Wextra -Wno-unused-function -Werror $< -o $@
 build/emu/asan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags

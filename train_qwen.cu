@@ -126,8 +126,9 @@ __device__ inline float block_max(float x) {
 }
 
 // The instructions that C++ has no words for. A warp executes each of them together.
-//    ldmatrix_xK          K matrices of 8 x 8 bf16 from shared memory: lane 8 j + i gives the address of row i of matrix j (16 bytes, aligned);
-//                         register j of lane l receives row l / 4, columns 2 (l % 4) and + 1 of matrix j, or with _trans of its transpose
+//    ldmatrix_xK          K matrices of 8 x 8 bf16 from shared memory: lane 8 j + i gives the address of row i of matrix j (16 bytes,
+//                         aligned); register j of lane l receives row l / 4, columns 2 (l % 4) and + 1 of matrix j, or with _trans of its
+//                         transpose
 //    mma_m16n8k16         d (16, 8) += a (16, 16) b (16, 8), bf16 in, fp32 out. With g = lane / 4 and t = lane % 4 a lane holds
 //                         d: [0], [1] row g, columns 2 t and + 1;  [2], [3] row g + 8
 //                         a: [0] row g, columns 2 t and + 1;  [1] row g + 8;  [2], [3] the same 8 columns further
@@ -158,11 +159,10 @@ __device__ inline void cp_async_commit(void) { asm volatile("cp.async.commit_gro
 template <int N> __device__ inline void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 #endif
 
-// Matrix multiplication. cuBLASLt thinks in columns: our row-major (rows, cols) is its column-major (cols, rows). A plan says how one shape is
-// multiplied; making one takes the library a while, so plans are kept.
+// Matrix multiplication. cuBLASLt thinks in columns: our row-major (rows, cols) is its column-major (cols, rows). A plan says how one shape
+// is multiplied; making one takes the library a while, so plans are kept.
 typedef struct {
-    int M, N, K;
-    bool a_transposed, b_transposed, has_bias, adds, fp32_out;
+    int M, N, K, a_transposed, b_transposed, has_bias, adds, fp32_out;      // all int: no gaps, so that memcmp may compare
     int alignment;                                               // bytes, of the least aligned operand
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
@@ -176,13 +176,17 @@ enum { WORKSPACE_BYTES = 32 << 20 };                             // what NVIDIA 
 void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
     const cudaDataType_t in_type = sizeof(floatX) == 4 ? CUDA_R_32F : CUDA_R_16BF, out_type = p->fp32_out ? CUDA_R_32F : in_type;
     const cublasOperation_t transpose = CUBLAS_OP_T;
-    const cublasLtEpilogue_t bias = CUBLASLT_EPILOGUE_BIAS;
+    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
     cublasCheck(cublasLtMatmulDescCreate(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     if (p->a_transposed)
         cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
     if (p->b_transposed)
         cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose, sizeof transpose));
-    if (p->has_bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &bias, sizeof bias));
+    if (p->has_bias) {                                           // the choice below depends on the alignment of the bias that is set now
+        const void *as_aligned = (void *)(uintptr_t)p->alignment;
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &as_aligned, sizeof as_aligned));
+    }
     uint64_t a_rows = (uint64_t)(p->a_transposed ? p->K : p->M), a_cols = (uint64_t)(p->a_transposed ? p->M : p->K);
     uint64_t b_rows = (uint64_t)(p->b_transposed ? p->N : p->K), b_cols = (uint64_t)(p->b_transposed ? p->K : p->N);
     cublasCheck(cublasLtMatrixLayoutCreate(&p->a, in_type, a_rows, a_cols, lda));
@@ -191,8 +195,11 @@ void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
     cublasLtMatmulPreference_t preference;
     const size_t workspace = WORKSPACE_BYTES;
     const uint32_t alignment = (uint32_t)p->alignment;
+    const uint32_t fp32_sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;                         // of parts, where K is split
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &fp32_sums,
+                                                     sizeof fp32_sums));
     const cublasLtMatmulPreferenceAttributes_t operands[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
@@ -200,7 +207,8 @@ void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, operands[i], &alignment, sizeof alignment));
     int found = 0;
     cublasCheck(cublasLtMatmulAlgoGetHeuristic(cublaslt, p->operation, p->a, p->b, p->d, p->d, preference, 1, &p->chosen, &found));
-    CHECK(found > 0, "cuBLASLt has no way to multiply (%d, %d) by (%d, %d) in " PRECISION, p->M, p->K, p->K, p->N);
+    CHECK(found > 0, "cuBLASLt has no way to multiply (%d, %d) by (%d, %d) in " PRECISION "; sizes that are multiples of 8 are safest",
+          p->M, p->K, p->K, p->N);
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
 }
 
@@ -210,7 +218,7 @@ void gemm_gpu(void *D, const void *C, const floatX *A, bool a_transposed, const 
               int M, int N, int K, bool fp32_out) {
     static GemmPlan *plans;
     static int count;
-    uintptr_t addresses = (uintptr_t)D | (uintptr_t)C | (uintptr_t)A | (uintptr_t)B | 256;
+    uintptr_t addresses = (uintptr_t)D | (uintptr_t)C | (uintptr_t)A | (uintptr_t)B | (uintptr_t)bias | 256;
     GemmPlan wanted = {M, N, K, a_transposed, b_transposed, bias != NULL, C != NULL, fp32_out, (int)(addresses & (~addresses + 1)),
                        NULL, NULL, NULL, NULL, {}};
     GemmPlan *p = NULL;
@@ -263,8 +271,8 @@ void embedding_forward_gpu(floatX *out, const int *tokens, const floatX *wte, in
     checkLaunch();
 }
 
-// A token may stand in many rows, and sums of unordered atomics would differ from run to run. So the host sorts the rows by token (order: rows,
-// equal tokens side by side, see upload_batch); the block of a token's first row adds up all of its rows.
+// A token may stand in many rows, and sums of unordered atomics would differ from run to run. So the host sorts the rows by token (order:
+// rows, equal tokens side by side, see upload_batch); the block of a token's first row adds up all of its rows.
 __global__ void embedding_backward_kernel(float *dwte, const floatX *dout, const int *order, const int *tokens, int N, int C) {
     int first = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x, token = tokens[order[first]];
     if (c >= C || (first > 0 && tokens[order[first - 1]] == token)) return;
@@ -346,9 +354,10 @@ void rmsnorm_backward_gpu(floatX *dinp, float *dweight, const floatX *dout, cons
     sum_partials_gpu(dweight, scratch, parts, C);
 }
 
-// out (N, OC) = [residual +] inp (N, C) weight (OC, C)^T [+ bias (OC)]. The residual is added to the sum in fp32, in the multiplication's last
-// step: this saves a kernel and a rounding.
-void matmul_forward_gpu(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight, const floatX *bias, int N, int C, int OC) {
+// out (N, OC) = [residual +] inp (N, C) weight (OC, C)^T [+ bias (OC)]. The residual is added to the sum in fp32, in the multiplication's
+// last step: this saves a kernel and a rounding.
+void matmul_forward_gpu(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight, const floatX *bias,
+                        int N, int C, int OC) {
     gemm_gpu(out, residual, weight, true, inp, false, bias, OC, N, C, sizeof(floatX) == 4);
 }
 
@@ -421,9 +430,10 @@ void qknorm_rope_forward_gpu(floatX *qk, float *rstd, const floatX *qkv, const f
     checkLaunch();
 }
 
-// In place on the query and key heads of dqkv: gradients of qk -> gradients of qkv. A block takes every PARTS-th row, each group of its lanes
-// every so many heads. A lane owns the same channels in all of them, so it can keep their sums for dq_norm and dk_norm in its group's place
-// in shared memory, sums (groups, 2, HD); they end in partials (PARTS, 2 HD). Moves 2 (NH + NKV) HD elements a row, 3 with QK-norm.
+// In place on the query and key heads of dqkv: gradients of qk -> gradients of qkv. A block takes every PARTS-th row (one row without
+// QK-norm, which needs no sums over rows), each group of its lanes every so many heads. A lane owns the same channels in all of them, so it
+// can keep their sums for dq_norm and dk_norm in its group's place in shared memory, sums (groups, 2, HD); they end in partials
+// (PARTS, 2 HD). Moves 2 (NH + NKV) HD elements a row, 3 with QK-norm.
 template <int W>
 __global__ void qknorm_rope_backward_kernel(floatX *dqkv, float *partials, const floatX *qkv, const float *rstd, const floatX *q_norm,
                                             const floatX *k_norm, const float *table, const int *start, int N, int T, int NH,
@@ -479,8 +489,9 @@ __global__ void qknorm_rope_backward_kernel(floatX *dqkv, float *partials, const
     }
 }
 void qknorm_rope_backward_gpu(floatX *dqkv, float *dq_norm, float *dk_norm, const floatX *qkv, const float *rstd, const floatX *q_norm,
-                              const floatX *k_norm, const float *table, const int *start, float *scratch, int N, int T, int NH, int NKV, int HD) {
-    int wide = head_is_wide(HD), lanes = wide ? HD / 2 / WIDE : WARP, parts = N < PARTS ? N : PARTS;
+                              const floatX *k_norm, const float *table, const int *start, float *scratch, int N, int T, int NH, int NKV,
+                              int HD) {
+    int wide = head_is_wide(HD), lanes = wide ? HD / 2 / WIDE : WARP, parts = N < PARTS || !q_norm ? N : PARTS;
     size_t shared = q_norm ? sizeof(float) * (size_t)(128 / lanes) * 2 * (size_t)HD : 0;
     assert(dk_norm == dq_norm + (dq_norm ? HD : 0));             // neighbours in memory, so one sum serves both
     auto kernel = wide ? qknorm_rope_backward_kernel<WIDE> : qknorm_rope_backward_kernel<1>;
@@ -1060,12 +1071,13 @@ void swiglu_backward_gpu(floatX *dgate_up, const floatX *dact, const floatX *gat
     checkLaunch();
 }
 
-// A block takes a row of logits (V). Each thread keeps the maximum and the sum of exp(logit - maximum) of its part (online softmax: when the
-// maximum grows, the sum shrinks to match), the block joins them. With gradient the row becomes its own gradient,
-// (softmax - onehot) * weight * scale, read a second time from the L2 cache. Blocks begin with the last rows, which the matrix
-// multiplication before has just written. Moves 2 V elements a row.
+// A block takes a row of logits (V). Each thread keeps the maximum and the sum of exp(logit - maximum) of its part (online softmax: when
+// the maximum grows, the sum shrinks to match), the block joins them. With gradient the row becomes its own gradient,
+// (softmax - onehot) * weight * scale, read a second time, from the L2 cache as far as the rows under way fit into it. Blocks begin with
+// the last rows, which the matrix multiplication before has just written. Moves 2 to 3 V elements a row.
 template <int W>
-__global__ void cross_entropy_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V,
+__global__ void __launch_bounds__(1024)
+cross_entropy_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V,
                                      bool gradient) {
     size_t n = N - 1 - blockIdx.x;
     floatX *row = logits + n * V;
@@ -1378,8 +1390,8 @@ __global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs
 void adamw_gpu(Model *m, const AdamW *o, long step) {
     Gpu *g = m->gpu;
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step))), correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    float *masters = g->master, *ms = g->m_memory, *vs = g->v_memory;
-    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(g->params_memory, masters, ms, vs, g->grads_memory, g->chunks, g->result, *o, correct1, correct2);
+    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(g->params_memory, g->master, g->m_memory, g->v_memory, g->grads_memory, g->chunks,
+                                                    g->result, *o, correct1, correct2);
     checkLaunch();
 }
 
@@ -1406,7 +1418,8 @@ Chunk *make_chunks(const TensorTable *table, int *count) {
 // that cuBLASLt does here is the peak.
 static const struct { const char *name; double flops; } KNOWN_CARDS[] = {
     {"A100", 312e12}, {"A800", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989.4e12}, {"H800", 989.4e12},
-    {"H200", 989.4e12}, {"H20", 148e12}, {"B200", 2250e12}, {"L40S", 362e12}, {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12}, {"A10", 125e12}, {"A6000", 154.8e12},
+    {"H200", 989.4e12}, {"H20", 148e12}, {"B200", 2250e12}, {"L40S", 362e12}, {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12},
+    {"A10G", 70e12}, {"A10", 125e12}, {"A6000", 154.8e12},
 };
 
 const cudaDeviceProp *device_properties(void) {
@@ -1419,8 +1432,8 @@ const cudaDeviceProp *device_properties(void) {
           error == cudaSuccess ? "none found" : cudaGetErrorString(error));
     cudaCheck(cudaSetDevice(0));
     cudaCheck(cudaGetDeviceProperties(&properties, 0));
-    CHECK(properties.major >= 8, "%s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", properties.name, properties.major,
-          properties.minor);
+    CHECK(properties.major >= 8, "%s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", properties.name,
+          properties.major, properties.minor);
     return known = true, &properties;
 }
 
@@ -1439,8 +1452,8 @@ template <typename T> T *device_alloc(size_t count) {
     if (error == cudaSuccess) return p;
     size_t left = 0, all = 0;
     cudaMemGetInfo(&left, &all);
-    DIE("%.2f GB more do not fit into the GPU's memory (%.2f of %.2f GB are free); a smaller --batch or --seq, or --recompute 2, needs less (./"
-        PROGRAM " info)", (double)count * sizeof(T) * 1e-9, (double)left * 1e-9, (double)all * 1e-9);
+    DIE("%.2f GB more do not fit into the GPU's memory (%.2f of %.2f GB are free); a smaller --batch or --seq, or --recompute 2, needs "
+        "less (./" PROGRAM " info)", (double)count * sizeof(T) * 1e-9, (double)left * 1e-9, (double)all * 1e-9);
 }
 template <typename T> T *pinned_alloc(size_t count) {
     T *p = NULL;
@@ -1458,15 +1471,25 @@ void to_host(void *host, const void *device, size_t bytes) {
     cudaCheck(cudaStreamSynchronize(stream));
 }
 
+// Keys, or values, of a sequence of `positions` tokens, in all layers.
+size_t cache_floats(const Config *c, int positions) { return (size_t)c->L * (size_t)positions * (size_t)(c->NKV * c->HD); }
+
 MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
     TensorTable table = tensor_table(c);
     double params = (double)table.num_params;
     MemoryPlan plan = {(sizeof(floatX) == 4 ? 4.0 : 4.0 + sizeof(floatX)) * params, 4 * params, 8 * params,
-                       (double)activations_bytes_gpu(c, B, T, recompute, true) + WORKSPACE_BYTES};
+                       (double)activations_bytes_gpu(c, B, T, recompute, true) + WORKSPACE_BYTES +
+                           2.0 * (double)sizeof(floatX) * (double)cache_floats(c, T)};
     free(table.list);
     return plan;
 }
-double machine_memory(void) { return (double)device_properties()->totalGlobalMem; }
+// What is free now: neither CUDA's own half gigabyte nor what other programs hold.
+double machine_memory(void) {
+    size_t left = 0, all = 0;
+    device_open();
+    cudaCheck(cudaMemGetInfo(&left, &all));
+    return (double)left;
+}
 
 // Ever larger multiplications, until one takes 2 ms.
 double measured_peak_flops(void) {
@@ -1552,6 +1575,7 @@ BatchGpu upload_batch(Gpu *g, const Batch *batch, size_t at, int N) {
 
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass) {
     device_open();
+    CHECK(B <= 65535, "--batch %d: a GPU takes at most 65535 rows; use --accum", B);           // attention's grid has a z for each
     const Config *c = &m->config;
     Gpu *g = m->gpu = (Gpu *)xcalloc(1, sizeof(Gpu));
     size_t params = m->table.num_params, tokens = (size_t)(rows > B ? rows : B) * (size_t)T;
@@ -1592,6 +1616,8 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
     float *table = (float *)xmalloc((size_t)positions * (size_t)c->HD * sizeof(float));
     rope_table(table, positions, c->HD, c->rope_base);
     g->rope = device_alloc<float>((size_t)positions * (size_t)c->HD);
+    g->cache_k = device_alloc<floatX>(cache_floats(c, positions)), g->cache_v = device_alloc<floatX>(cache_floats(c, positions));
+    g->decode_tokens = device_alloc<int>(PROMPT_CHUNK), g->logits_host = pinned_alloc<float>((size_t)c->V);
     to_device(g->rope, table, (size_t)positions * (size_t)c->HD * sizeof(float));
     g->batch = batch_alloc_gpu(tokens, false), g->staging = batch_alloc_gpu(tokens, true);
     g->result = device_alloc<ResultGpu>(1), g->result_host = pinned_alloc<ResultGpu>(1);
@@ -1602,7 +1628,8 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
 void machine_close(Model *m) {
     Gpu *g = m->gpu;
     void *on_device[] = {g->params_memory, g->grads_memory, g->m_memory, g->v_memory, g->chunks, g->acts.memory, g->rope, g->batch.tokens,
-                         g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens, (void *)(sizeof(floatX) == 4 ? NULL : g->master)};
+                         g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens,
+                         (void *)(sizeof(floatX) == 4 ? NULL : g->master)};
     void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host};
     cudaCheck(cudaStreamSynchronize(stream));
     for (void *p : on_device) cudaCheck(cudaFree(p));
@@ -1651,15 +1678,7 @@ double machine_loss(Model *m, const Batch *batch, int B, int T) {
     return fetch_result(m->gpu).loss;
 }
 
-void machine_restart(Model *m) {
-    Gpu *g = m->gpu;
-    g->cache_length = 0;
-    if (g->cache_k) return;
-    const Config *c = &m->config;
-    size_t size = (size_t)c->L * (size_t)m->positions * (size_t)(c->NKV * c->HD);
-    g->cache_k = device_alloc<floatX>(size), g->cache_v = device_alloc<floatX>(size);
-    g->decode_tokens = device_alloc<int>(PROMPT_CHUNK), g->logits_host = pinned_alloc<float>((size_t)c->V);
-}
+void machine_restart(Model *m) { m->gpu->cache_length = 0; }
 
 float *machine_decode(Model *m, const int *tokens, int count) {
     const Config *c = &m->config;

@@ -543,42 +543,50 @@ size_t split_skip(const char *text, size_t at, size_t end, CharClass skipped) {
 // token that ends there and one that begins there. If no merge of the vocabulary joins such two, none ever happens at this border; and as
 // merges on one side neither help nor hinder those on the other, both sides can be encoded alone, with exactly the same tokens. So the
 // splitter cuts there, into words of 1.4 characters on average.
-//   joined           by a hash of both characters: some merge joins a token that ends with the first to one that begins with the second.
-//                    Different pairs may share a bit; that only costs a cut.
-//   joined_in_part   some tokens end within a character ("\xE9\x80\x89\xE6\x8B" is all but the last byte of two). For merges with such a part
-//                    on either side: by the last byte before the border, a bit for the first byte after it.
-// Only between characters of three bytes (U+0800 to U+FFFF), which are those of languages that are written without spaces.
-#define BORDER_BITS 20
-typedef struct {
-    uint64_t joined[1 << (BORDER_BITS - 6)];
-    uint16_t joined_in_part[64];
-} Borders;
+//   joined           a bit for each two characters that some merge joins: a token that ends with the first to one that begins with the second
+//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one. For merges with such a part on
+//                    the right, a bit for the first character and the first byte of the second one; for those with a part on the left,
+//                    a bit for the last byte of the first character and the first byte of the second one
+// The bits are found by hashing. If two borders share one, this costs a cut, nothing else. Only characters of three bytes (U+0800 to U+FFFF)
+// take part, which are those of languages written without spaces.
+#define JOINED_BITS 20
+#define JOINED_IN_PART_BITS 12
+typedef struct { uint64_t joined[1 << (JOINED_BITS - 6)], joined_in_part[1 << (JOINED_IN_PART_BITS - 6)]; } Borders;
 
+bool bit_get(const uint64_t *bits, uint64_t i) { return bits[i / 64] >> i % 64 & 1; }
+void bit_set(uint64_t *bits, uint64_t i) { bits[i / 64] |= UINT64_C(1) << i % 64; }
 bool is_first_of_three(char c) { return ((unsigned char)c & 0xF0) == 0xE0; }
 
-// border: the first byte behind the border; the characters around it have three bytes
+// `border` points to the first byte behind a border, or between left and right part of a token.
 uint64_t border_bit(const char *border) {
-    uint64_t both = 0;
-    memcpy(&both, border - 3, 6);
-    return both * HASH_FACTOR >> (64 - BORDER_BITS);
+    uint32_t first, last;    // four of the six bytes each
+    memcpy(&first, border - 3, 4);
+    memcpy(&last, border - 1, 4);
+    return ((uint64_t)first << 32 | last) * HASH_FACTOR >> (64 - JOINED_BITS);
+}
+
+uint64_t border_part_bit(const char *border, size_t before) {
+    uint32_t key = 0;
+    memcpy(&key, border - before, before + 1);
+    return key * HASH_FACTOR >> (64 - JOINED_IN_PART_BITS);
+}
+
+bool border_is_joined_in_part(const Borders *b, const char *border) {
+    return bit_get(b->joined_in_part, border_part_bit(border, 3)) || bit_get(b->joined_in_part, border_part_bit(border, 1));
 }
 
 bool border_is_open(const Borders *b, const char *border) {
-    uint64_t bit = border_bit(border);
-    return (b->joined[bit / 64] >> bit % 64 & 1) || (b->joined_in_part[border[-1] & 63] >> (border[0] & 15) & 1);
+    return bit_get(b->joined, border_bit(border)) || border_is_joined_in_part(b, border);
 }
 
 // Learns from a merge of two tokens, which lie side by side.
-void border_learn(Borders *b, const char *left, size_t left_len, const char *right, size_t right_len) {
-    if (!is_first_of_three(right[0])) return;
-    bool is_whole = left_len >= 3 && is_first_of_three(right[-3]);
-    bool is_tail = left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80;
-    if (is_whole && right_len >= 3) {
-        uint64_t bit = border_bit(right);
-        b->joined[bit / 64] |= UINT64_C(1) << bit % 64;
-    } else if (is_whole || is_tail) {
-        b->joined_in_part[right[-1] & 63] |= (uint16_t)(1 << (right[0] & 15));
-    }
+void border_learn(Borders *b, const char *left, size_t left_len, size_t right_len) {
+    const char *border = left + left_len;
+    if (!is_first_of_three(border[0])) return;
+    if (left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80) bit_set(b->joined_in_part, border_part_bit(border, 1));
+    if (left_len < 3 || !is_first_of_three(border[-3])) return;
+    if (right_len < 3) bit_set(b->joined_in_part, border_part_bit(border, 3));
+    else bit_set(b->joined, border_bit(border));
 }
 
 // The end of the letters from `at`; with borders, perhaps an earlier one. before: bytes of the character before `at`.
@@ -667,8 +675,9 @@ typedef struct {
     uint32_t (*parts)[2];              // the two tokens whose merge gives this one; UINT32_MAX for single bytes
     uint32_t byte_id[256];
     uint32_t byte_pair[256][256];      // pair_find of two single bytes, small enough to stay in the cache
-    uint64_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
-    int token_shift, pair_shift;           // 64 - log2(slots)
+    uint32_t char_id[65536];           // tokens that are one character of three bytes, by code point
+    uint32_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
+    int table_shift;                       // 64 - log2(slots)
     Borders borders;                   // where words may be cut
 
     Special *specials;                 // by id
@@ -679,9 +688,8 @@ typedef struct {
 } Tokenizer;
 
 #define NO_TOKEN UINT32_MAX
-#define ID_BITS 21                     // a pair and its rank fit 63 bits
-#define MAX_ID ((1u << ID_BITS) - 2)
-#define EMPTY_SLOT UINT64_MAX
+#define ID_MASK 0x1FFFFFu              // a slot of a table: 11 bits of the hash, 21 bits of id
+#define MAX_ID (ID_MASK - 1)
 #define FNV_START 0xCBF29CE484222325u
 
 uint64_t fnv1a(uint64_t hash, const char *data, size_t len) {
@@ -714,35 +722,36 @@ uint64_t token_hash(const char *s, size_t len, size_t room) {
     return h;
 }
 
-// token_table: 43 hash bits, then the id. The slot of bytes[0..len), or the empty slot where it belongs.
-uint64_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
-    uint64_t mask = (UINT64_C(1) << (64 - t->token_shift)) - 1;
-    for (uint64_t i = hash >> t->token_shift;; i = (i + 1) & mask) {
-        uint64_t *slot = &t->token_table[i];
-        if (*slot == EMPTY_SLOT) return slot;
-        if (((*slot ^ hash) >> ID_BITS) != 0) continue;
-        uint32_t id = (uint32_t)(*slot & ((1u << ID_BITS) - 1));
-        if (t->start[id + 1] - t->start[id] == len && memcmp(t->bytes + t->start[id], bytes, len) == 0) return slot;
+// Both tables hold ids only; a look-up compares with what the id stands for. The slot of a token's bytes, or the empty slot where it belongs:
+uint32_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
+    for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
+        uint32_t *slot = &t->token_table[i], id = *slot & ID_MASK;
+        if (*slot == NO_TOKEN) return slot;
+        if (((*slot ^ hash) & ~ID_MASK & UINT32_MAX) != 0 || t->start[id + 1] - t->start[id] != len) continue;
+        if (memcmp(t->bytes + t->start[id], bytes, len) == 0) return slot;
     }
 }
 
-// The ordinary token with these bytes, NO_TOKEN if there is none.
-uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
-    uint64_t slot = *token_slot(t, bytes, len, token_hash(bytes, len, len));
-    return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
+// The same for the token that left and right merge into.
+uint32_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right, uint64_t hash) {
+    for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
+        uint32_t *slot = &t->pair_table[i], id = *slot & ID_MASK;
+        if (*slot == NO_TOKEN) return slot;
+        if (((*slot ^ hash) & ~ID_MASK & UINT32_MAX) == 0 && t->parts[id][0] == left && t->parts[id][1] == right) return slot;
+    }
 }
 
-// pair_table: left << 42 | right << 21 | rank of the token they merge into.
-uint64_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t key = (uint64_t)left << ID_BITS | right, mask = (UINT64_C(1) << (64 - t->pair_shift)) - 1;
-    uint64_t i = key * HASH_FACTOR >> t->pair_shift;
-    while (t->pair_table[i] != EMPTY_SLOT && t->pair_table[i] >> ID_BITS != key) i = (i + 1) & mask;
-    return &t->pair_table[i];
+uint64_t pair_hash(uint32_t left, uint32_t right) { return ((uint64_t)left << 32 | right) * HASH_FACTOR; }
+uint32_t slot_fill(uint32_t id, uint64_t hash) { return ((uint32_t)hash & ~ID_MASK) | id; }
+uint32_t slot_id(uint32_t slot) { return slot == NO_TOKEN ? NO_TOKEN : slot & ID_MASK; }
+
+// The ordinary token with these bytes, NO_TOKEN if there is none.
+uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
+    return slot_id(*token_slot(t, bytes, len, token_hash(bytes, len, len)));
 }
 
 uint32_t pair_find(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t slot = *pair_slot(t, left, right);
-    return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
+    return slot_id(*pair_slot(t, left, right, pair_hash(left, right)));
 }
 
 // The rule: a piece starts as single bytes. Of all adjacent pairs whose bytes together are a token, merge the one of the lowest rank, the
@@ -793,22 +802,40 @@ uint32_t bpe_merged(const Tokenizer *t, const BpeNode *nodes, uint32_t at, uint3
     return nodes[at].next < end ? pair_find(t, nodes[at].id, nodes[nodes[at].next].id) : NO_TOKEN;
 }
 
-void bpe_merge(const Tokenizer *t, const char *piece, size_t len, BpeWork *w, TokenList *out) {
+// The token of the character of three bytes at s, NO_TOKEN if there is none or other characters are there.
+uint32_t char_find(const Tokenizer *t, const char *s) {
+    if (!is_first_of_three(s[0])) return NO_TOKEN;
+    return t->char_id[(s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63)];
+}
+
+// Merging may start from whole characters if a word has only such, each a token, and no merge joins a part of one to a neighbour: what the
+// rule does within a character then comes to the same end whatever stands around it.
+bool bpe_start_from_chars(const Tokenizer *t, const char *word, size_t len) {
+    if (len % 3 != 0) return false;
+    for (size_t i = 0; i < len; i += 3) {
+        if (char_find(t, word + i) == NO_TOKEN || (i > 0 && border_is_joined_in_part(&t->borders, word + i))) return false;
+    }
+    return true;
+}
+
+void bpe_merge(const Tokenizer *t, const char *word, size_t len, BpeWork *w, TokenList *out) {
     CHECK(len < NO_TOKEN, "%zu bytes of text without a break; the limit is 4 GiB", len);
     if (len > w->capacity) {
         w->capacity = 2 * len + 256;
         w->nodes = (BpeNode *)xrealloc(w->nodes, w->capacity * sizeof(BpeNode));
         w->heap = (uint64_t *)xrealloc(w->heap, 3 * w->capacity * sizeof(uint64_t));
     }
-    const unsigned char *bytes = (const unsigned char *)piece;
     BpeNode *nodes = w->nodes;
-    uint32_t end = (uint32_t)len;
-    w->heap_count = 0;
+    uint32_t step = bpe_start_from_chars(t, word, len) ? 3 : 1, end = (uint32_t)len / step;
     for (uint32_t i = 0; i < end; i++) {
-        nodes[i].id = t->byte_id[bytes[i]];
+        nodes[i].id = step == 3 ? char_find(t, word + 3 * i) : t->byte_id[(unsigned char)word[i]];
         nodes[i].previous = i - 1;    // NO_TOKEN for the first
         nodes[i].next = i + 1;
-        bpe_propose(w, i, i + 1 < end ? t->byte_pair[bytes[i]][bytes[i + 1]] : NO_TOKEN);
+    }
+    w->heap_count = 0;
+    for (uint32_t i = 0; i < end; i++) {
+        bool are_bytes = step == 1 && i + 1 < end;
+        bpe_propose(w, i, are_bytes ? t->byte_pair[(unsigned char)word[i]][(unsigned char)word[i + 1]] : bpe_merged(t, nodes, i, end));
     }
     while (w->heap_count > 0) {
         uint64_t item = bpe_heap_pop(w);
@@ -842,14 +869,19 @@ static THREAD_LOCAL WordCache word_cache;
 
 // A word that is not in the cache. hash: its token_hash; any number if it is longer than all tokens
 void bpe_encode_new(const Tokenizer *t, const char *word, size_t len, uint64_t hash, BpeWork *work, TokenList *out) {
-    uint64_t slot = len <= (size_t)t->longest ? *token_slot(t, word, len, hash) : EMPTY_SLOT;
-    if (slot != EMPTY_SLOT) token_list_push(out, (uint32_t)(slot & ((1u << ID_BITS) - 1)));
+    uint32_t id = len <= (size_t)t->longest ? slot_id(*token_slot(t, word, len, hash)) : NO_TOKEN;
+    if (id != NO_TOKEN) token_list_push(out, id);
     else bpe_merge(t, word, len, work, out);
 }
 
 void bpe_encode(const Tokenizer *t, const char *word, size_t len, size_t room, BpeWork *work, TokenList *out) {
     if (len > WORD_BYTES) {
         bpe_encode_new(t, word, len, len <= (size_t)t->longest ? token_hash(word, len, room) : 0, work, out);
+        return;
+    }
+    uint32_t id = len == 3 ? char_find(t, word) : NO_TOKEN;
+    if (id != NO_TOKEN) {
+        token_list_push(out, id);
         return;
     }
     WordKey key = word_key(word, len, room);
@@ -917,31 +949,27 @@ void tokenizer_add(Tokenizer *t, const char *bytes, size_t len, const char *path
     if ((int)len > t->longest) t->longest = (int)len;
 }
 
-uint64_t *tokenizer_table(int entries, int *shift) {
-    int bits = 10;
-    while ((1 << bits) < 2 * entries) bits++;
-    uint64_t *table = (uint64_t *)xmalloc(sizeof(uint64_t) << bits);
-    memset(table, 0xFF, sizeof(uint64_t) << bits);
-    *shift = 64 - bits;
-    return table;
-}
-
 // Tables from the list of tokens. The merges need not be stored: in rank order, merging a token's bytes by the merges known so far must
 // leave exactly two tokens, which are its parts. This holds for every token of Qwen's vocabulary (and makes ranks and the merge list of
 // tokenizer.json say the same); a vocabulary where it fails is not of this kind.
 void tokenizer_finish(Tokenizer *t, const char *path) {
-    t->token_table = tokenizer_table(t->num_ranks, &t->token_shift);
-    t->pair_table = tokenizer_table(t->num_ranks, &t->pair_shift);
+    int bits = 10;
+    while (2 << bits < 3 * t->num_ranks) bits++;    // at least a third of the slots is empty
+    t->table_shift = 64 - bits;
+    t->token_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
+    t->pair_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
     t->parts = (uint32_t (*)[2])xmalloc((size_t)(t->num_ranks + 1) * sizeof(*t->parts));
     memset(t->byte_id, 0xFF, sizeof(t->byte_id));
     memset(t->byte_pair, 0xFF, sizeof(t->byte_pair));
+    memset(t->char_id, 0xFF, sizeof(t->char_id));
     t->hash = FNV_START;
     for (int r = 0; r < t->num_ranks; r++) {
         const char *bytes = t->bytes + t->start[r];
         unsigned char len = (unsigned char)(t->start[r + 1] - t->start[r]);
-        uint64_t hash = token_hash(bytes, len, t->num_bytes - t->start[r]), *slot = token_slot(t, bytes, len, hash);
-        CHECK(*slot == EMPTY_SLOT, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
-        *slot = hash >> ID_BITS << ID_BITS | (uint64_t)r;
+        uint64_t hash = token_hash(bytes, len, t->num_bytes - t->start[r]);
+        uint32_t *slot = token_slot(t, bytes, len, hash);
+        CHECK(*slot == NO_TOKEN, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
+        *slot = slot_fill((uint32_t)r, hash);
         if (len == 1) t->byte_id[(unsigned char)bytes[0]] = (uint32_t)r;
         t->hash = fnv1a(fnv1a(t->hash, (const char *)&len, 1), bytes, len);
     }
@@ -959,9 +987,11 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
         t->parts[r][0] = merged.ids[0];
         t->parts[r][1] = merged.ids[1];
         size_t left = t->start[merged.ids[0] + 1] - t->start[merged.ids[0]];
-        border_learn(&t->borders, bytes, left, bytes + left, len - left);
+        border_learn(&t->borders, bytes, left, len - left);
+        if (len == 3 && is_first_of_three(bytes[0])) t->char_id[(bytes[0] & 15) << 12 | (bytes[1] & 63) << 6 | (bytes[2] & 63)] = (uint32_t)r;
         if (len == 2) t->byte_pair[(unsigned char)bytes[0]][(unsigned char)bytes[1]] = (uint32_t)r;
-        *pair_slot(t, merged.ids[0], merged.ids[1]) = ((uint64_t)merged.ids[0] << ID_BITS | merged.ids[1]) << ID_BITS | (uint64_t)r;
+        uint64_t hash = pair_hash(merged.ids[0], merged.ids[1]);
+        *pair_slot(t, merged.ids[0], merged.ids[1], hash) = slot_fill((uint32_t)r, hash);
     }
     free(merged.ids);
     bpe_free(&work);

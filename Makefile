@@ -88,7 +88,7 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 	./prepare --trim-vocab --val-fraction 0.05 --out $(TINY) $(TINY)/wiki.json $(TINY)/baike.jsonl $(TINY)/web.jsonl
 
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
-TESTS := test_train test_tokenizer test_tiny_baike
+TESTS := test_train test_tokenizer test_tiny_baike test_chat
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)
@@ -150,7 +150,7 @@ test-nvcc: | build
 test-gpu: $(if $(GPU),test_qwencu)
 	$(if $(GPU),./test_qwencu,@echo "SKIP there is no GPU here; the emulator ran every kernel instead")
 
-test: $(PROGRAMS) $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
+test: $(PROGRAMS) chat $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
 	$(foreach t,$(TESTS),build/$(t) && $(RUN_SANITIZED) build/sanitized_$(t) && ) true
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
@@ -158,7 +158,7 @@ test: $(PROGRAMS) $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized
 	@echo "all tests passed"
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
-SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c
+SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c
 test-compile:
 	@for c in gcc clang; do command -v $$c >/dev/null || { echo "SKIP $$c is not here"; continue; }; \
 	    for s in $(SOURCES); do \

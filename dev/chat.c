@@ -188,7 +188,7 @@ char *read_line(const Chat *c, const char *prompt) {
     if (c->interactive) {
         char *line = readline(prompt);
         if (line && line[0]) add_history(line);
-        if (line && interrupted) return free(line), NULL;
+        if (line && interrupted) free(line), line = NULL;
         return line;
     }
 #endif
@@ -199,7 +199,8 @@ char *read_line(const Chat *c, const char *prompt) {
     if (length < 0) {
         CHECK(!ferror(stdin) || interrupted, "cannot read the input: %s", strerror(errno));
         clearerr(stdin);
-        return free(line), NULL;
+        free(line);
+        return NULL;
     }
     CHECK(strlen(line) == (size_t)length, "the input holds a NUL character; text was expected");
     while (length > 0 && (line[length - 1] == '\n' || line[length - 1] == '\r')) line[--length] = 0;
@@ -212,7 +213,8 @@ char *read_question(const Chat *c) {
     char *text = read_line(c, "> ");
     for (size_t length; text && c->interactive && (length = strlen(text)) > 0 && text[length - 1] == '\\';) {
         char *more = read_line(c, "  ");
-        if (!more) return free(text), NULL;
+        if (!more) free(text);
+        if (!more) return NULL;
         text = (char *)xrealloc(text, length + strlen(more) + 1);
         text[length - 1] = '\n';
         strcpy(text + length, more);
@@ -474,6 +476,7 @@ void print_chat_help(void) {
     printf("\nIn the terminal:\n%s", COMMANDS);
 }
 
+#ifndef CHAT_NO_MAIN
 int main(int argc, char **argv) {
     sleep_when_idle(argv);
     for (int i = 1; i < argc; i++)
@@ -485,3 +488,4 @@ int main(int argc, char **argv) {
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write the answers: %s", strerror(errno));
     return failed > 0;
 }
+#endif

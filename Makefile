@@ -2,6 +2,7 @@
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
 # make chat | chatcu                  talk to a checkpoint
+# make evaluate | evaluatecu          perplexity, multiple choice
 # make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
@@ -44,6 +45,8 @@ READLINE ?= $(shell printf '$(HASH)include <stdio.h>\n$(HASH)include <readline/r
     $(CC) -x c - -o /dev/null -lreadline 2>/dev/null && echo "-DQWEN_READLINE -lreadline")
 chat: dev/chat.c build/flags
 	$(BUILD) $(READLINE)
+evaluate: dev/eval/evaluate.c build/flags
+	$(BUILD)
 build:
 	@mkdir -p build/emu
 # Changes when compiler or flags do, so that everything is built again.
@@ -71,7 +74,9 @@ train_qwencu test_qwencu: %_qwencu: %_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) bui
 # The programs of dev/ that use the model; both compilers want a .cu.
 build/chat.cu: | build
 	@printf '#include "../dev/chat.c"\n' > $@
-chatcu: %cu: build/%.cu dev/chat.c dev/data/chat_template.h $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
+build/evaluate.cu: | build
+	@printf '#include "../dev/eval/evaluate.c"\n' > $@
+chatcu evaluatecu: %cu: build/%.cu dev/chat.c dev/data/chat_template.h $(wildcard dev/eval/*.[ch]) $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
 
 # One calm line for each thing that is not there.
@@ -158,7 +163,7 @@ test: $(PROGRAMS) chat $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sani
 	@echo "all tests passed"
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
-SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c
+SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c
 test-compile:
 	@for c in gcc clang; do command -v $$c >/dev/null || { echo "SKIP $$c is not here"; continue; }; \
 	    for s in $(SOURCES); do \
@@ -171,7 +176,7 @@ debug: train_qwen.c | build
 	$(CC) $(SANITIZE) -O0 -o build/train_qwen_debug train_qwen.c -lm
 
 clean:
-	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu
+	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu
 
 .PHONY: FORCE all notes tiny_baike test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

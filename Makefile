@@ -93,7 +93,7 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 	./prepare --trim-vocab --val-fraction 0.05 --out $(TINY) $(TINY)/wiki.json $(TINY)/baike.jsonl $(TINY)/web.jsonl
 
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
-TESTS := test_train test_tokenizer test_tiny_baike test_chat
+TESTS := test_train test_tokenizer test_tiny_baike test_chat test_evaluate
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)

@@ -296,7 +296,7 @@ Names csv_files(const char *folder) {
         found.names[found.count++] = strdup(path_of("%s/%s", folder, entry->d_name));
     }
     if (directory) closedir(directory);
-    qsort(found.names, (size_t)found.count, sizeof(char *), compare_strings);
+    if (found.count > 0) qsort(found.names, (size_t)found.count, sizeof(char *), compare_strings);
     return found;
 }
 

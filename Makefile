@@ -3,6 +3,7 @@
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
 # make chat | chatcu                  talk to a checkpoint
 # make evaluate | evaluatecu          perplexity, multiple choice
+# make plot                           loss curves of runs
 # make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
@@ -46,6 +47,8 @@ READLINE ?= $(shell printf '$(HASH)include <stdio.h>\n$(HASH)include <readline/r
 chat: dev/chat.c build/flags
 	$(BUILD) $(READLINE)
 evaluate: dev/eval/evaluate.c build/flags
+	$(BUILD)
+plot: dev/plot.c build/flags
 	$(BUILD)
 build:
 	@mkdir -p build/emu
@@ -93,7 +96,7 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 	./prepare --trim-vocab --val-fraction 0.05 --out $(TINY) $(TINY)/wiki.json $(TINY)/baike.jsonl $(TINY)/web.jsonl
 
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
-TESTS := test_train test_tokenizer test_tiny_baike test_chat test_evaluate
+TESTS := test_train test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)
@@ -163,7 +166,7 @@ test: $(PROGRAMS) chat $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sani
 	@echo "all tests passed"
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
-SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c
+SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c dev/plot.c
 test-compile:
 	@for c in gcc clang; do command -v $$c >/dev/null || { echo "SKIP $$c is not here"; continue; }; \
 	    for s in $(SOURCES); do \
@@ -176,7 +179,7 @@ debug: train_qwen.c | build
 	$(CC) $(SANITIZE) -O0 -o build/train_qwen_debug train_qwen.c -lm
 
 clean:
-	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu
+	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu plot
 
 .PHONY: FORCE all notes tiny_baike test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

@@ -323,7 +323,7 @@ bool chat_answer(Chat *c) {
     if (c->interactive) {
         const char *why = interrupted ? "stopped" : ended ? "" : made == chat.max_tokens ? "cut at --max-tokens" : "the context is full";
         note(c, "%s%s%.0f tokens read in %.1f s, %d written, %.1f tokens/s", why, why[0] ? "; " : "", c->read_tokens - read_before,
-             c->read_s - s_before, made, (double)made / (seconds > 1e-9 ? seconds : 1e-9));
+             c->read_s - s_before, made, (double)made / fmax(seconds, 1e-9));
     }
     return free(prompt.ids), true;
 }
@@ -462,7 +462,7 @@ int chat_run(Chat *c) {
     if (c->interactive) printf("\n");
     else if (asked > 0)
         note(c, "%d questions, %d unanswered; %.0f tokens read in %.1f s, %.0f written, %.1f tokens/s", asked, failed, c->read_tokens,
-             c->read_s, c->made_tokens, c->made_tokens / (c->made_s > 1e-9 ? c->made_s : 1e-9));
+             c->read_s, c->made_tokens, c->made_tokens / fmax(c->made_s, 1e-9));
     return failed;
 }
 
@@ -470,8 +470,8 @@ void print_chat_help(void) {
     printf("chat talks to a checkpoint: in the terminal, or one question a line through a pipe.\n\n"
            "  ./chat [options]                                  a conversation\n"
            "  ./chat [options] < questions.txt > answers.txt    --fresh: without memory of the questions before\n\n"
-           "When a conversation no longer fits into the context, its oldest turns are dropped, so many that --max-tokens, or a quarter of the\n"
-           "context if that is less, are left for the answer.\n\nOptions (defaults in brackets):\n");
+           "When a conversation no longer fits into the context, its oldest turns are dropped, so many that --max-tokens, or a quarter of\n"
+           "the context if that is less, are left for the answer.\n\nOptions (defaults in brackets):\n");
     print_options(CHAT_OPTIONS, 1);
     printf("\nIn the terminal:\n%s", COMMANDS);
 }

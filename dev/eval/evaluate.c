@@ -126,8 +126,8 @@ Questions questions_read(const char *path) {
     }
     for (int r = 1; r < csv.count; r++) {
         const CsvRow *row = &csv.rows[r];
-        CHECK(row->count == csv.rows[0].count, "%s:%ld: %d fields, the first line has %d; a field with commas needs quotes", path, row->line,
-              row->count, csv.rows[0].count);
+        CHECK(row->count == csv.rows[0].count, "%s:%ld: %d fields, the first line has %d; a field with commas needs quotes", path,
+              row->line, row->count, csv.rows[0].count);
         Question question = {row->fields[columns[0]], {NULL}, 0};
         for (int i = 0; i < 4; i++) question.options[i] = row->fields[columns[1 + i]];
         char letter = 0, rest = 0;
@@ -273,8 +273,9 @@ SubjectResult exam_run(Evaluation *v, const Exam *exam, ChoiceResult *r) {
         if (v->details) {
             fprintf(v->details, "{\"subject\":");
             json_write_string(v->details, exam->name, strlen(exam->name));
-            fprintf(v->details, ",\"question\":%d,\"answer\":\"%c\",\"chosen\":\"%c\",\"tokens\":%zu,\"logprobs\":[%.7g,%.7g,%.7g,%.7g]}\n", q,
-                    'A' + answer, 'A' + chosen, prompt.count, logprobs[0], logprobs[1], logprobs[2], logprobs[3]);
+            fprintf(v->details, ",\"question\":%d,\"answer\":\"%c\",\"chosen\":\"%c\",\"tokens\":%zu,", q, 'A' + answer, 'A' + chosen,
+                    prompt.count);
+            fprintf(v->details, "\"logprobs\":[%.7g,%.7g,%.7g,%.7g]}\n", logprobs[0], logprobs[1], logprobs[2], logprobs[3]);
         }
         if (v->progress) fprintf(stderr, "\r\033[K%s %d/%d", exam->name, q + 1, count);
     }
@@ -501,11 +502,11 @@ void json_results(FILE *f, const TextResult *texts, int num_texts, const ChoiceR
 
 void print_evaluate_help(void) {
     printf("evaluate judges a checkpoint by perplexity and by multiple-choice questions.\n\n"
-           "  ./evaluate [options] WHAT...      each WHAT is a token file of ./prepare, a .csv file of questions, or a directory of them\n\n"
+           "  ./evaluate [options] WHAT...    each WHAT is a token file of ./prepare, a .csv file of questions, or a directory of them\n\n"
            "Questions are in C-Eval's layout (id,question,A,B,C,D,answer) or CMMLU's (,Question,A,B,C,D,Answer) and are asked with the\n"
-           "prompt of their benchmark; the names of files are subjects. The answer is the letter with the highest probability. A directory\n"
-           "holds the files, or folders dev, val, test with them; the examples of --shots come from dev. A prompt longer than --context\n"
-           "loses its first examples, and if that isn't enough its beginning; both are counted.\n"
+           "prompt of their benchmark; the names of files are subjects. The answer is the letter with the highest probability.\n"
+           "A directory holds the files, or folders dev, val, test with them; the examples of --shots come from dev. A prompt longer than\n"
+           "--context loses its first examples, and if that isn't enough its beginning; both are counted.\n"
            "Perplexity counts every token but the first of a file, or in files for sft and dpo every token of an answer.\n\n"
            "Options (defaults in brackets):\n");
     print_options(EVALUATE_OPTIONS, 1);

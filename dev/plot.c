@@ -306,7 +306,8 @@ void svg_panel(FILE *f, const Panel *p, int index, const Curves *runs, int num_r
         svg_line(f, x, p->y, x, bottom, GRID);
         if (is_last) svg_text(f, x, bottom + 17, "text-anchor=\"middle\" " GREY, tick_text(ticks[i]));
     }
-    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"none\" stroke=\"#999\"/>\n", p->x, p->y, p->width, p->height);
+    fprintf(f, "<rect x=\"%.1f\" y=\"%.1f\" width=\"%.1f\" height=\"%.1f\" fill=\"none\" stroke=\"#999\"/>\n", p->x, p->y, p->width,
+            p->height);
     fprintf(f, "<g clip-path=\"url(#p%d)\">\n", index);
     for (int r = 0; r < num_runs; r++) svg_series(f, p, &runs[r], key, COLOURS[r % NUM_COLOURS]);
     fputs("</g>\n", f);
@@ -345,8 +346,8 @@ void svg_write(FILE *f, const Curves *runs, int num_runs, const Names *keys) {
         svg_text(f, x + 31, line + 4, GREY, "validation");
     }
     for (int k = 0; k < keys->count; k++) {
-        Panel p = {LEFT, y, width - LEFT - RIGHT, k == 0 ? LOSS_HEIGHT : PANEL_HEIGHT, step_axis(runs, num_runs),
-                   value_axis(runs, num_runs, keys->names[k])};
+        double panel_height = k == 0 ? LOSS_HEIGHT : PANEL_HEIGHT;
+        Panel p = {LEFT, y, width - LEFT - RIGHT, panel_height, step_axis(runs, num_runs), value_axis(runs, num_runs, keys->names[k])};
         svg_panel(f, &p, k, runs, num_runs, keys->names[k], k + 1 == keys->count);
         y += p.height + GAP;
     }

@@ -2037,7 +2037,7 @@ Names list_checkpoints(const char *out) {
         found.names[found.count++] = strdup(entry->d_name);
     }
     if (directory) closedir(directory);
-    qsort(found.names, (size_t)found.count, sizeof(char *), compare_strings);
+    if (found.count > 0) qsort(found.names, (size_t)found.count, sizeof(char *), compare_strings);
     return found;
 }
 

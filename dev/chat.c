@@ -286,11 +286,13 @@ bool read_prompt(Chat *c, const TokenList *prompt) {
 }
 
 // Answers the last question. False if it is too long for the context, or given up: then it is no longer part of the conversation.
+// A conversation that has become too long is cut to half of the context, and not less, because what remains must be processed again.
 bool chat_answer(Chat *c) {
     int positions = c->model.positions, reserve = chat.max_tokens < positions / 4 ? (int)chat.max_tokens : positions / 4;
     int last = c->num_turns - 1, before = c->first_turn;
     TokenList prompt = {NULL, 0, 0};
-    for (chat_prompt(c, c->first_turn, &prompt); (int)prompt.count > positions - reserve && c->first_turn < last;)
+    chat_prompt(c, c->first_turn, &prompt);
+    for (bool full = (int)prompt.count > positions - reserve; full && (int)prompt.count > positions / 2 && c->first_turn < last;)
         chat_prompt(c, ++c->first_turn, &prompt);
     if (c->first_turn > before)
         note(c, "the oldest %d turn%s dropped: the context holds %d tokens", c->first_turn - before,
@@ -470,8 +472,8 @@ void print_chat_help(void) {
     printf("chat talks to a checkpoint: in the terminal, or one question a line through a pipe.\n\n"
            "  ./chat [options]                                  a conversation\n"
            "  ./chat [options] < questions.txt > answers.txt    --fresh: without memory of the questions before\n\n"
-           "When a conversation no longer fits into the context, its oldest turns are dropped, so many that --max-tokens, or a quarter of\n"
-           "the context if that is less, are left for the answer.\n\nOptions (defaults in brackets):\n");
+           "When a conversation leaves no room for an answer of --max-tokens, or less than a quarter of the context, its oldest turns are\n"
+           "dropped, until it takes at most half of the context.\n\nOptions (defaults in brackets):\n");
     print_options(CHAT_OPTIONS, 1);
     printf("\nIn the terminal:\n%s", COMMANDS);
 }

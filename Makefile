@@ -2,6 +2,9 @@
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
 # make bench                          speed, against the limits of this machine
+# make chat | chatcu                  talk to a checkpoint
+# make evaluate | evaluatecu          perplexity, multiple choice
+# make plot                           loss curves of runs
 # make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
@@ -39,6 +42,15 @@ prepare: dev/data/prepare.c build/flags
 	$(BUILD)
 $(GENERATE): dev/data/tiny_baike/generate.c build/flags
 	$(BUILD)
+# chat edits lines with GNU readline if that is here, else with what the terminal itself can do (READLINE= for that).
+READLINE ?= $(shell printf '$(HASH)include <stdio.h>\n$(HASH)include <readline/readline.h>\nint main(void) { return rl_catch_signals = 0; }\n' | \
+    $(CC) -x c - -o /dev/null -lreadline 2>/dev/null && echo "-DQWEN_READLINE -lreadline")
+chat: dev/chat.c build/flags
+	$(BUILD) $(READLINE)
+evaluate: dev/eval/evaluate.c build/flags
+	$(BUILD)
+plot: dev/plot.c build/flags
+	$(BUILD)
 build:
 	@mkdir -p build/emu
 # Changes when compiler or flags do, so that everything is built again.
@@ -65,6 +77,13 @@ build/cuda_flags: FORCE | build
 train_qwencu test_qwencu: %_qwencu: %_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	@echo "building $@ in $(PRECISION) for $(if $(EMULATE),the emulator: it computes what a GPU would but slowly,$(GPU))"
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
+# The programs of dev/ that use the model; both compilers want a .cu.
+build/chat.cu: | build
+	@printf '#include "../dev/chat.c"\n' > $@
+build/evaluate.cu: | build
+	@printf '#include "../dev/eval/evaluate.c"\n' > $@
+chatcu evaluatecu: %cu: build/%.cu dev/chat.c dev/data/chat_template.h $(wildcard dev/eval/*.[ch]) $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
+	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
 
 # One calm line for each thing that is not there.
 notes:
@@ -87,7 +106,7 @@ bench: build/cpu_bench
 	OMP_WAIT_POLICY=active build/cpu_bench
 
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
-TESTS := test_train test_tokenizer test_tiny_baike
+TESTS := test_train test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)
@@ -149,7 +168,7 @@ test-nvcc: | build
 test-gpu: $(if $(GPU),test_qwencu)
 	$(if $(GPU),./test_qwencu,@echo "SKIP there is no GPU here; the emulator ran every kernel instead")
 
-test: $(PROGRAMS) $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
+test: $(PROGRAMS) chat $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
 	$(foreach t,$(TESTS),build/$(t) && $(RUN_SANITIZED) build/sanitized_$(t) && ) true
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
@@ -158,7 +177,7 @@ test: $(PROGRAMS) $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TESTS:%=b
 	@echo "all tests passed"
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
-SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c
+SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c dev/plot.c
 test-compile:
 	@for c in gcc clang; do command -v $$c >/dev/null || { echo "SKIP $$c is not here"; continue; }; \
 	    for s in $(SOURCES); do \
@@ -171,7 +190,7 @@ debug: train_qwen.c | build
 	$(CC) $(SANITIZE) -O0 -o build/train_qwen_debug train_qwen.c -lm
 
 clean:
-	rm -rf build $(PROGRAMS) train_qwencu test_qwencu
+	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu plot
 
 .PHONY: FORCE all notes tiny_baike bench test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

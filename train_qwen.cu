@@ -1678,7 +1678,7 @@ double machine_loss(Model *m, const Batch *batch, int B, int T) {
     return fetch_result(m->gpu).loss;
 }
 
-void machine_restart(Model *m) { m->gpu->cache_length = 0; }
+void machine_rewind(Model *m, int length) { m->gpu->cache_length = length; }
 
 float *machine_decode(Model *m, const int *tokens, int count) {
     const Config *c = &m->config;

@@ -211,7 +211,7 @@ void bench_generate(void) {
         for (size_t i = 0; i < m.table.num_params; i++)          // numbers of 8 bits are bf16 numbers, of 9 bits they are not
             m.params_memory[i] = (float)((int)(i * 2654435761u >> 8 & 127) - 64 + (bf16 ? 0 : 0.001f)) / 4096.0f;
         machine_open(&m, 1, 64, 1, 256, KEEP_ALL, EVALUATE);
-        machine_restart(&m);
+        machine_rewind(&m, 0);
         int prompt[64];
         for (int i = 0; i < 64; i++) prompt[i] = i * 37;
         double begin = now_s(), times[15], limits[15], weights = (double)m.table.num_params * (bf16 ? 2 : 4);

@@ -1,6 +1,7 @@
 # make train_qwen && ./train_qwen     build the trainer and train a small model on a small Chinese corpus
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
+# make chat | chatcu                  talk to a checkpoint
 # make all | debug | clean            all programs; with -g and sanitizers; remove what was built
 #
 # Needs a C compiler and make. OpenMP is used if the compiler has it. CC=clang, CFLAGS=..., OPENMP= (none) can be given.
@@ -38,6 +39,11 @@ prepare: dev/data/prepare.c build/flags
 	$(BUILD)
 $(GENERATE): dev/data/tiny_baike/generate.c build/flags
 	$(BUILD)
+# chat edits lines with GNU readline if that is here, else with what the terminal itself can do (READLINE= for that).
+READLINE ?= $(shell printf '$(HASH)include <stdio.h>\n$(HASH)include <readline/readline.h>\nint main(void) { return rl_catch_signals = 0; }\n' | \
+    $(CC) -x c - -o /dev/null -lreadline 2>/dev/null && echo "-DQWEN_READLINE -lreadline")
+chat: dev/chat.c build/flags
+	$(BUILD) $(READLINE)
 build:
 	@mkdir -p build/emu
 # Changes when compiler or flags do, so that everything is built again.
@@ -61,6 +67,11 @@ build/cuda_flags: FORCE | build
 	@echo '$(CUDACC) $(PRECISION)' | cmp -s - $@ || echo '$(CUDACC) $(PRECISION)' > $@
 train_qwencu test_qwencu: %_qwencu: %_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	@echo "building $@ in $(PRECISION) for $(if $(EMULATE),the emulator: it computes what a GPU would but slowly,$(GPU))"
+	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
+# The programs of dev/ that use the model; both compilers want a .cu.
+build/chat.cu: | build
+	@printf '#include "../dev/chat.c"\n' > $@
+chatcu: %cu: build/%.cu dev/chat.c dev/data/chat_template.h $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
 
 # One calm line for each thing that is not there.
@@ -173,7 +184,7 @@ debug: train_qwen.c | build
 	$(CC) $(SANITIZE) -O0 -o build/train_qwen_debug train_qwen.c -lm
 
 clean:
-	rm -rf build $(PROGRAMS) train_qwencu test_qwencu
+	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu
 
 .PHONY: FORCE all notes tiny_baike fuzz test test-fuzz test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

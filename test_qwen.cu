@@ -199,9 +199,13 @@ void check_decode(const Case *c) {
     model_alloc_run(&m, 1, T, positions, RECOMPUTE_LAYERS, EVALUATE);
     machine_open(&m, 1, T, 1, positions, RECOMPUTE_LAYERS, EVALUATE);
     KVCache cache = cache_alloc(c->config.L, c->config.NKV, c->config.HD, positions);
-    machine_restart(&m);
-    const int pieces[] = {positions - 8, 1, 3, 1, 1};
+    machine_rewind(&m, 0);
+    const int pieces[] = {positions - 8, 1, 3, 1, 1}, rewound = 2;           // the third piece a second time, after going back
     for (int i = 0, at = 0; i < 5; at += pieces[i++]) {
+        if (i == rewound + 1) {
+            machine_rewind(&m, at - pieces[rewound]);
+            machine_decode(&m, tokens + at - pieces[rewound], pieces[rewound]);
+        }
         float *wanted = model_decode(&m, &cache, tokens + at, pieces[i]), *got = machine_decode(&m, tokens + at, pieces[i]);
         check_tensor("decode", path_of("%d tokens after %d", pieces[i], at), got, wanted, 1, (size_t)c->config.V, TOLERANCE);
     }

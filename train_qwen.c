@@ -1518,7 +1518,7 @@ typedef struct { double loss, norm; } Update;
 Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step);
 double machine_loss(Model *m, const Batch *batch, int B, int T);                     // sum of weight * loss
 
-void machine_restart(Model *m);                  // begins a new sequence of at most m->positions tokens
+void machine_rewind(Model *m, int length);       // back to the first `length` tokens of the sequence; 0: a new one, of at most m->positions
 float *machine_decode(Model *m, const int *tokens, int count);                       // appends to it: the logits (V) after the last token
 
 #ifndef QWEN_GPU
@@ -1583,10 +1583,11 @@ Update machine_update(Model *m, const Batch *batch, int rows, double targets, co
 }
 double machine_loss(Model *m, const Batch *batch, int B, int T) { return model_loss(m, batch, B, T, 0, EVALUATE); }
 
-void machine_restart(Model *m) {
+void machine_rewind(Model *m, int length) {
     const Config *c = &m->config;
     if (m->cache.capacity != m->positions) cache_free(&m->cache), m->cache = cache_alloc(c->L, c->NKV, c->HD, m->positions);
-    m->cache.length = 0;
+    assert(length <= m->cache.length);
+    m->cache.length = length;
 }
 float *machine_decode(Model *m, const int *tokens, int count) { return model_decode(m, &m->cache, tokens, count); }
 #endif
@@ -1601,20 +1602,36 @@ int compare_candidates(const void *a, const void *b) {           // falling prob
     return x->id - y->id;
 }
 
-typedef struct { double temperature, top_p; long top_k; bool greedy; } Sampler;       // top_k 0: all
+// How the next token is chosen, in the order in which this is applied, as in transformers. Off: a penalty of 1, top_k 0, top_p 1, min_p 0.
+typedef struct { double repetition_penalty, temperature; long top_k; double top_p, min_p; bool greedy; } Sampler;
 
-// Chooses one of the first `count` ids: softmax(logits / temperature), cut to the top_k most likely ones, then to the smallest set whose
-// share of these reaches top_p; `coin` in [0, 1) picks from what is left. Overwrites the logits. Below temperature 1e-3 it is greedy.
-int sample(float *logits, int count, const Sampler *s, double coin) {
+// Makes the ids among `tokens` less likely: positive logits are divided by the penalty, negative ones multiplied (Keskar et al. 2019).
+void penalize_repetition(float *logits, int V, const int *tokens, int count, double penalty) {
+    if (penalty == 1) return;
+    bool *seen = (bool *)xcalloc((size_t)V, sizeof(bool));       // each id counts once
+    for (int i = 0; i < count; i++) {
+        float *logit = &logits[tokens[i]];
+        if (!seen[tokens[i]]) *logit = (float)(*logit < 0 ? *logit * penalty : *logit / penalty);
+        seen[tokens[i]] = true;
+    }
+    free(seen);
+}
+
+// The ids below `count` that may be chosen and what their probabilities are proportional to, most likely first; returns how many. They come
+// from softmax(logits / temperature), cut to the top_k most likely ones (and those equal to the last of them), then to the smallest set
+// whose share of these reaches top_p, then to those at least min_p times as likely as the first. Overwrites the logits. Below temperature
+// 1e-3 it is greedy. The result is valid until the next call.
+int sample_candidates(const Candidate **result, float *logits, int count, const Sampler *s) {
     static Candidate *candidates;
     static int room;
     int best = 0, n = 0, kept = 0;
+    if (room < count) candidates = (Candidate *)xrealloc(candidates, (size_t)(room = count) * sizeof(Candidate));
+    *result = candidates;
     for (int i = 1; i < count; i++) if (logits[i] > logits[best]) best = i;
     CHECK(isfinite(logits[best]), "the model's logits are not finite; its weights are damaged");
-    if (s->greedy || s->temperature < 1e-3) return best;
+    if (s->greedy || s->temperature < 1e-3) return candidates[0].id = best, candidates[0].probability = 1, 1;
     float scale = (float)(1.0 / s->temperature), sum = exp_row(logits, logits, scale, logits[best] * scale, count);
     CHECK(isfinite(sum), "the model's logits are not finite; its weights are damaged");
-    if (room < count) candidates = (Candidate *)xrealloc(candidates, (size_t)(room = count) * sizeof(Candidate));
     // Impossible ids (logit -inf) are dropped, and without top_k also those that can't be in the top_p set: sorting less takes less.
     float least = s->top_k == 0 && s->top_p < 1 ? (float)((1 - s->top_p) / count) * sum : 1e-30f;
     for (int i = 0; i < count; i++)
@@ -1622,11 +1639,24 @@ int sample(float *logits, int count, const Sampler *s, double coin) {
     qsort(candidates, (size_t)n, sizeof(Candidate), compare_candidates);
     double all = (double)sum, reached = 0;
     if (s->top_k > 0 && s->top_k < n) {
-        n = (int)s->top_k, all = 0;
+        int k = (int)s->top_k;
+        while (k < n && candidates[k].probability == candidates[k - 1].probability) k++;
+        n = k, all = 0;
         for (int i = 0; i < n; i++) all += (double)candidates[i].probability;
     }
-    while (kept < n && (kept == 0 || reached < s->top_p * all)) reached += (double)candidates[kept++].probability;
-    double aim = coin * reached;
+    double enough = s->top_p * all, likely = s->min_p * (double)candidates[0].probability;
+    while (kept < n && (kept == 0 || (reached < enough && (double)candidates[kept].probability >= likely)))
+        reached += (double)candidates[kept++].probability;
+    return kept;
+}
+
+// Chooses one of the first `count` ids; `coin` in [0, 1) picks. Overwrites the logits.
+int sample(float *logits, int count, const Sampler *s, double coin) {
+    const Candidate *candidates;
+    int kept = sample_candidates(&candidates, logits, count, s);
+    double sum = 0;
+    for (int i = 0; i < kept; i++) sum += (double)candidates[i].probability;
+    double aim = coin * sum;
     for (int i = 0; i < kept - 1; i++) {
         aim -= (double)candidates[i].probability;
         if (aim < 0) return candidates[i].id;
@@ -1634,39 +1664,64 @@ int sample(float *logits, int count, const Sampler *s, double coin) {
     return candidates[kept - 1].id;
 }
 
-// Continues `tokens` by at most max_tokens sampled ones, through `emit`, until an end token. Returns how many were made.
-typedef void (*Emit)(void *context, int id);
-int generate(Model *m, const Tokenizer *tokenizer, const int *tokens, int count, int max_tokens, const Sampler *sampler, uint64_t seed,
-             Emit emit, void *context) {
-    int room = m->positions - count, made = 0, ids = tokenizer->vocab_size < m->config.V ? tokenizer->vocab_size : m->config.V;
-    machine_restart(m);
-    float *logits = machine_decode(m, tokens, count);
-    while (made < max_tokens && made < room) {
+// The tokens of one text. The machine has processed the first `cached` of them and need not do so again.
+typedef struct { int *tokens; int count, cached, room; } Sequence;
+
+void sequence_push(Sequence *s, int id) {
+    if (s->count == s->room) s->tokens = (int *)xrealloc(s->tokens, (size_t)(s->room = 2 * s->room + 256) * sizeof(int));
+    s->tokens[s->count++] = id;
+}
+
+// Replaces the tokens. What the old and the new ones have in common at the beginning is not processed again.
+void sequence_set(Sequence *s, const int *tokens, int count) {
+    int same = 0;
+    while (same < count && same < s->cached && s->tokens[same] == tokens[same]) same++;
+    s->cached = same, s->count = 0;
+    for (int i = 0; i < count; i++) sequence_push(s, tokens[i]);
+}
+
+// The logits (V) after the last token, of at most m->positions.
+float *sequence_logits(Model *m, Sequence *s) {
+    int from = s->cached < s->count ? s->cached : s->count - 1;
+    machine_rewind(m, from);
+    s->cached = s->count;
+    return machine_decode(m, s->tokens + from, s->count - from);
+}
+
+// Continues s by at most max_tokens sampled tokens, until an end token, the model's last position, or emit, which receives each token but
+// the end token, returns false. Returns how many were added, the end token included.
+typedef bool (*Emit)(void *context, int id);
+int generate(Model *m, Sequence *s, const Tokenizer *tokenizer, int max_tokens, const Sampler *sampler, uint64_t seed, Emit emit,
+             void *context) {
+    int made = 0, ids = tokenizer->vocab_size < m->config.V ? tokenizer->vocab_size : m->config.V;
+    while (made < max_tokens && s->count < m->positions) {
+        float *logits = sequence_logits(m, s);
         for (int id = tokenizer->num_ranks; id < ids; id++) {    // never an id without a token
             size_t len;
             tokenizer_bytes(tokenizer, (uint32_t)id, &len);
             if (len == 0) logits[id] = -INFINITY;
         }
+        penalize_repetition(logits, m->config.V, s->tokens, s->count, sampler->repetition_penalty);
         int id = sample(logits, ids, sampler, random_uniform(seed, (uint64_t)made));
+        sequence_push(s, id);
         made++;
-        if (id == tokenizer->im_end || id == tokenizer->endoftext) break;
-        emit(context, id);
-        if (made < max_tokens && made < room) logits = machine_decode(m, &id, 1);
+        if (id == tokenizer->im_end || id == tokenizer->endoftext || !emit(context, id)) break;
     }
     return made;
 }
 
 // An Emit that prints text as it comes, whole characters only.
 typedef struct { const Tokenizer *tokenizer; Utf8Stream stream; FILE *to; } Printer;
-void print_token(void *context, int id) {
+bool print_token(void *context, int id) {
     Printer *p = (Printer *)context;
     char text[1024];
     size_t len;
     const char *bytes = tokenizer_bytes(p->tokenizer, (uint32_t)id, &len);
     fwrite(text, 1, utf8_stream(&p->stream, bytes, len, text), p->to);
     fflush(p->to);
+    return true;
 }
-void print_id(void *context, int id) { fprintf((FILE *)context, "%d ", id); }
+bool print_id(void *context, int id) { return fprintf((FILE *)context, "%d ", id) > 0; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // SECTION 11. Options: one table says how they are read, explained and remembered
@@ -1812,7 +1867,7 @@ static struct {
     long max_tokens, top_k;
     double lr, min_lr, weight_decay, clip;
     double beta1, beta2, eps;
-    double temperature, top_p;
+    double temperature, top_p, min_p, repetition_penalty;
     bool resume, greedy, ids, json;
 } opt = {                            // the defaults, line by line
     "", "", "", "out", "",
@@ -1822,9 +1877,24 @@ static struct {
     128, 0,
     0, 0.1, 0.1, 1.0,
     0.9, 0.99, 1e-8,
-    0.7, 0.9,
+    0.7, 0.9, 0, 1,
     false, false, false, false,
 };
+
+// Shared with dev/chat.c.
+#define SAMPLING_OPTIONS(c) \
+    {"greedy",       c,        OPTION_FLAG,   &opt.greedy,       0, NULL, "always take the most likely token"}, \
+    {"temperature",  c,        OPTION_FLOAT,  &opt.temperature,  0, NULL, "below 1 plays safe, above 1 is adventurous"}, \
+    {"top-k",        c,        OPTION_INT,    &opt.top_k,        0, NULL, "only the k most likely tokens; 0: all"}, \
+    {"top-p",        c,        OPTION_FLOAT,  &opt.top_p,        0, NULL, "only the likely tokens that together reach this probability"}, \
+    {"min-p",        c,        OPTION_FLOAT,  &opt.min_p,        0, NULL, "only tokens at least so many times as likely as the first"}, \
+    {"repetition-penalty", c,  OPTION_FLOAT,  &opt.repetition_penalty, 0, NULL, "above 1 makes tokens that were there less likely"}
+Sampler sampler_of_options(void) {
+    CHECK(opt.top_p <= 1 && opt.min_p <= 1, "--top-p %g and --min-p %g are probabilities, at most 1", opt.top_p, opt.min_p);
+    CHECK(opt.repetition_penalty > 0, "--repetition-penalty is 0, it must be above; 1 is none");
+    Sampler s = {opt.repetition_penalty, opt.temperature, opt.top_k, opt.top_p, opt.min_p, opt.greedy};
+    return s;
+}
 
 #define T_ COMMAND_TRAIN
 #define G_ COMMAND_GENERATE
@@ -1862,10 +1932,7 @@ static const Option OPTIONS[] = {
     {"log-every",    T_,       OPTION_INT,    &opt.log_every,    1, NULL, "print their mean loss every so many updates; log.jsonl has all"},
     {"prompt",       G_,       OPTION_STRING, &opt.prompt,       0, NULL, "text to continue; <|im_start|> is special; default: stdin"},
     {"max-tokens",   G_,       OPTION_INT,    &opt.max_tokens,   1, NULL, "stop after so many tokens"},
-    {"greedy",       G_,       OPTION_FLAG,   &opt.greedy,       0, NULL, "always take the most likely token"},
-    {"temperature",  G_,       OPTION_FLOAT,  &opt.temperature,  0, NULL, "below 1 plays safe, above 1 is adventurous"},
-    {"top-k",        G_,       OPTION_INT,    &opt.top_k,        0, NULL, "only the k most likely tokens; 0: all"},
-    {"top-p",        G_,       OPTION_FLOAT,  &opt.top_p,        0, NULL, "only the likely tokens that together reach this probability"},
+    SAMPLING_OPTIONS(G_),
     {"ids",          G_,       OPTION_FLAG,   &opt.ids,          0, NULL, "print token ids instead of text"},
     {"seed",         T_|G_,    OPTION_INT,    &opt.seed,         0, NULL, "of initialisation, data order and sampling"},
     {"json",         I_,       OPTION_FLAG,   &opt.json,         0, NULL, "machine-readable"},
@@ -2125,7 +2192,8 @@ double evaluate(Run *run) {
 // Continues the beginnings of `count` documents of the validation (or training) data, to show what the model has learnt.
 void print_samples(Run *run, int count) {
     const Loader *l = run->has_val ? &run->val : &run->train;
-    Sampler sampler = {opt.temperature, opt.top_p, 0, false};
+    Sampler sampler = sampler_of_options();
+    Sequence sequence = {};
     for (int i = 0; i < count && !stop_requested; i++) {
         uint64_t seed = mix64((uint64_t)opt.seed ^ 0x5A3B1E) + (uint64_t)(run->step * 16 + i);
         int room = l->packed || run->model.T < 16 ? run->model.T / 2 : 8, *tokens = (int *)xmalloc((size_t)(room + 1) * sizeof(int));
@@ -2135,10 +2203,12 @@ void print_samples(Run *run, int count) {
         printf("sample: ");
         for (int k = 0; k < n; k++) print_token(&printer, tokens[k]);
         printf(" | ");
-        generate(&run->model, run->tokenizer, tokens, n, 100, &sampler, seed, print_token, &printer);
+        sequence_set(&sequence, tokens, n);
+        generate(&run->model, &sequence, run->tokenizer, 100, &sampler, seed, print_token, &printer);
         printf("\n");                                            // a character cut at the end is not shown
         free(tokens);
     }
+    free(sequence.tokens);
 }
 
 // Matrix multiplications of forward (2 per weight) and backward (4 per weight), and causal attention: 6 T NH HD a layer.
@@ -2513,35 +2583,37 @@ char *read_stdin(void) {
     return text;
 }
 
-void generate_text(void) {
+// Loads the checkpoint --model (without one: out) and its tokenizer, for programs that only read it.
+Tokenizer *open_checkpoint(Model *m) {
     const char *checkpoint;
     if (opt.model[0] == 0) opt.model = "out";
     CHECK(find_preset(opt.model) == NULL, "--model %s is a preset without weights; name a checkpoint", opt.model);
     config_of_model(opt.model, &checkpoint);
+    Tokenizer *t = tokenizer_load(checkpoint);
+    model_load(m, checkpoint);
+    CHECK(t->vocab_size <= m->config.V, "%s: the tokenizer has ids up to %d, but the model's vocabulary ends at %d; are these tokenizer "
+          "files the model's?", checkpoint, t->vocab_size - 1, m->config.V - 1);
+    return t;
+}
+
+void generate_text(void) {
+    Sampler sampler = sampler_of_options();
     Model m = {};
-    model_load(&m, checkpoint);
-    Tokenizer *tokenizer = tokenizer_load(checkpoint);
+    Tokenizer *tokenizer = open_checkpoint(&m);
     const char *prompt = opt.prompt[0] ? opt.prompt : read_stdin();
     TokenList list = {NULL, 0, 0};
     tokenizer_encode(tokenizer, prompt, strlen(prompt), SPECIALS_PARSED, &list);
     CHECK(list.count > 0, "the prompt is empty; give some text with --prompt or on standard input");
-    int *tokens = (int *)xmalloc(list.count * sizeof(int)), max_T = m.config.max_T, count = (int)list.count;
-    for (int i = 0; i < count; i++) {
-        tokens[i] = (int)list.ids[i];
-        CHECK(tokens[i] < m.config.V,
-              "the prompt has token %d, but the model's vocabulary ends at %d; are these tokenizer files the model's?", tokens[i],
-              m.config.V - 1);
-    }
+    Sequence sequence = {};
+    int max_T = m.config.max_T, count = (int)list.count;
+    for (int i = 0; i < count; i++) sequence_push(&sequence, (int)list.ids[i]);
     CHECK(list.count < (size_t)max_T, "the prompt has %zu tokens, the model has %d positions", list.count, max_T);
     int positions = count + opt.max_tokens < max_T ? count + (int)opt.max_tokens : max_T;
     machine_open(&m, 1, positions < PROMPT_CHUNK ? positions : PROMPT_CHUNK, 1, positions, RECOMPUTE_LAYERS, EVALUATE);
-    Sampler sampler = {opt.temperature, opt.top_p, opt.top_k, opt.greedy};
     Printer printer = {tokenizer, {}, stdout};
-    if (opt.ids) generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_id, stdout);
-    else {
-        for (int i = 0; i < count; i++) print_token(&printer, tokens[i]);
-        generate(&m, tokenizer, tokens, count, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, print_token, &printer);
-    }
+    for (int i = 0; i < count && !opt.ids; i++) print_token(&printer, sequence.tokens[i]);
+    generate(&m, &sequence, tokenizer, (int)opt.max_tokens, &sampler, (uint64_t)opt.seed, opt.ids ? print_id : print_token,
+             opt.ids ? (void *)stdout : &printer);
     printf("\n");
 }
 
@@ -2560,7 +2632,6 @@ void print_help(void) {
     printf("\n");
 }
 
-#ifndef QWEN_NO_MAIN
 // Idle OpenMP threads spin by default. Beside one busy program that makes an update twice as slow, beside several 20 times; alone, sleeping
 // costs at most a tenth. The runtime reads its setting before main, so the program starts itself once more (on Linux).
 void sleep_when_idle(char **argv) {
@@ -2571,6 +2642,7 @@ void sleep_when_idle(char **argv) {
     execv(self, argv);
 }
 
+#ifndef QWEN_NO_MAIN
 int main(int argc, char **argv) {
     sleep_when_idle(argv);
     bool has_command = argc > 1 && argv[1][0] != '-';

@@ -1651,9 +1651,9 @@ double machine_loss(Model *m, const Batch *batch, int B, int T) {
     return fetch_result(m->gpu).loss;
 }
 
-void machine_restart(Model *m) {
+void machine_rewind(Model *m, int length) {
     Gpu *g = m->gpu;
-    g->cache_length = 0;
+    g->cache_length = length;
     if (g->cache_k) return;
     const Config *c = &m->config;
     size_t size = (size_t)c->L * (size_t)m->positions * (size_t)(c->NKV * c->HD);

@@ -11,6 +11,7 @@
 //           7 show | 8 tokenize, detokenize | 9 main.    dev/data/formats.md lists the data sets and the rules.
 #define QWEN_NO_MAIN
 #include "../../train_qwen.c"
+#include "chat_template.h"
 #include <ctype.h>           // isalnum
 #include <strings.h>         // strcasecmp
 
@@ -19,10 +20,8 @@
 
 enum { COMMAND_PREPARE = 1, COMMAND_TOKENIZE = 2, COMMAND_DETOKENIZE = 4, COMMAND_SHOW = 8 };
 enum { TASK_AUTO = 3, SPECIALS_OF_FILE = 0, SPECIALS_NONE = 1 };
-typedef enum { TEMPLATE_CHATML, TEMPLATE_MINI_LLM, TEMPLATE_NONE } Template;
 static const char *const PREPARE_TASKS[] = {"pretrain", "sft", "dpo", "auto", NULL};
 static const char *const SPECIAL_SETS[] = {"file", "none", "v1", "qwen2", "qwen2.5", "qwen3", NULL};
-static const char *const TEMPLATES[] = {"chatml", "mini_llm", "none", NULL};
 
 static struct {
     const char *out, *tokenizer, *shown_tokenizer, *eos, *field, *system, *file;
@@ -366,14 +365,11 @@ static const char *const REASONS[] = {
     "unknown role", "no answer", "duplicate", "below --min-chars", "above --max-chars",
 };
 
-typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, NUM_ROLES } Role;
-static const char *const ROLES[] = {"system", "user", "assistant"};
-
 typedef struct {
     const Tokenizer *tokenizer;
     Task task;
     uint32_t end_id;
-    TokenList roles[NUM_ROLES], newline;         // their tokens, TOKEN_NO_LOSS set
+    ChatTemplate chat;                           // sft, dpo
 } Encoder;
 
 typedef struct {
@@ -399,10 +395,6 @@ void encode(const Encoder *e, const char *text, size_t len, uint32_t flags, Toke
     for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
 }
 
-void push_all(TokenList *out, const TokenList *list) {
-    for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i]);
-}
-
 Encoder encoder_make(const Tokenizer *t, Task task) {
     Encoder e;
     memset(&e, 0, sizeof e);
@@ -412,10 +404,7 @@ Encoder encoder_make(const Tokenizer *t, Task task) {
     CHECK(end != NULL, "--eos %s is no special token here (the tokenizer has the set '%s'); choose another --eos or --special", prep.eos,
           t->special_set);
     e.end_id = end->id;
-    CHECK(task == TASK_PRETRAIN || prep.chat_template != TEMPLATE_CHATML || (t->im_start >= 0 && t->im_end >= 0),
-          "--template chatml needs <|im_start|> and <|im_end|>, which the set '%s' has not", t->special_set);
-    for (int r = 0; r < NUM_ROLES; r++) encode(&e, ROLES[r], strlen(ROLES[r]), TOKEN_NO_LOSS, &e.roles[r]);
-    encode(&e, "\n", 1, TOKEN_NO_LOSS, &e.newline);
+    e.chat = template_make(task == TASK_PRETRAIN ? TEMPLATE_NONE : (TemplateKind)prep.chat_template, t, e.end_id);
     return e;
 }
 
@@ -586,32 +575,16 @@ bool add_prompt(Doc *d, Conversation *c, const Json *record) {
     return add_message(d, c, ROLE_USER, c->joined, len, field);
 }
 
-// ChatML:   <|im_start|>role \n content <|im_end|>, then \n before the next message.
-// The special tokens come from here alone; content is always text. Role, \n and content are encoded one by one, as Qwen's chat code does,
-// so content that begins with \n is not merged with the template's \n.
-// MINI_LLM: ##提问:\n content \n##回答:\n answer end.      none: content, answer end.
+// The messages as the template says, end_id once more if the last token is another.
 // Loss counts on the answers from message `first_trained` on, each with its end marker, and on nothing else.
 void encode_conversation(const Encoder *e, const Conversation *c, int first_trained, TokenList *out) {
-    const Tokenizer *t = e->tokenizer;
     size_t begin = out->count;
     for (int i = 0; i < c->count; i++) {
         const Message *m = &c->list[i];
         uint32_t flags = m->role == ROLE_ASSISTANT && i >= first_trained ? 0 : TOKEN_NO_LOSS;
-        if (prep.chat_template == TEMPLATE_CHATML) {
-            if (i > 0) push_all(out, &e->newline);
-            token_list_push(out, (uint32_t)t->im_start | TOKEN_NO_LOSS);
-            push_all(out, &e->roles[m->role]);
-            push_all(out, &e->newline);
-            encode(e, m->text, m->len, flags, out);
-            token_list_push(out, (uint32_t)t->im_end | flags);
-            continue;
-        }
-        bool dressed = m->role == ROLE_USER && prep.chat_template == TEMPLATE_MINI_LLM;
-        if (dressed) encode(e, "##提问:\n", strlen("##提问:\n"), TOKEN_NO_LOSS, out);
+        template_before(&e->chat, m->role, i == 0, TOKEN_NO_LOSS, out);
         encode(e, m->text, m->len, flags, out);
-        if (dressed) encode(e, "\n##回答:\n", strlen("\n##回答:\n"), TOKEN_NO_LOSS, out);
-        if (m->role == ROLE_SYSTEM) push_all(out, &e->newline);
-        if (m->role == ROLE_ASSISTANT) token_list_push(out, e->end_id | flags);
+        template_after(&e->chat, m->role, flags, out);
     }
     if ((out->ids[out->count - 1] & TOKEN_ID_MASK) != e->end_id) token_list_push(out, e->end_id | TOKEN_NO_LOSS);
     out->ids[begin] |= TOKEN_DOC_START;
@@ -994,7 +967,7 @@ void keep_sample(Preparation *run, Format format, const Record *record, const Do
     s->format = format;
     s->record = *record;
     s->record.text = copy;
-    push_all(&s->tokens, &d->tokens);
+    push_tokens(&s->tokens, &d->tokens, 0);
     run->sample_bytes += record->len;
 }
 
@@ -1070,10 +1043,10 @@ void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *p
 // Chat models need these whatever the corpus is about.
 void use_chat_words(Preparation *run) {
     for (int r = 0; r < NUM_ROLES; r++) {
-        const TokenList *list = &run->encoder.roles[r];
-        for (size_t i = 0; i < list->count; i++) run->used[list->ids[i] & TOKEN_ID_MASK] = 1;
+        const TokenList *list = &run->encoder.chat.roles[r];
+        for (size_t i = 0; i < list->count; i++) run->used[list->ids[i]] = 1;
     }
-    for (size_t i = 0; i < run->encoder.newline.count; i++) run->used[run->encoder.newline.ids[i] & TOKEN_ID_MASK] = 1;
+    for (size_t i = 0; i < run->encoder.chat.newline.count; i++) run->used[run->encoder.chat.newline.ids[i]] = 1;
 }
 
 // The number that each token of t has in `small`; NO_TOKEN if it's gone.

@@ -98,7 +98,7 @@ void test_greedy(const char *family) {
         for (int i = 0; i < 5; i++) tokens[i] = (int)prompt[i];
         float *logits = model_decode(&m, &cache, tokens, split);
         if (split < 5) logits = model_decode(&m, &cache, tokens + split, 5 - split);
-        Sampler sampler = {1, 1, 0, true};
+        Sampler sampler = {1, 1, 0, 1, 0, true};
         for (int i = 0; i < 10; i++) {
             int id = sample(logits, m.config.V, &sampler, 0);
             equal += id == (int)ids[i];
@@ -686,10 +686,12 @@ void test_bits(void) {
             if (i != 1) continue;
             evaluate(run);
             int prompt[3] = {1, 2, 3};
-            Sampler sampler = {1.0, 0.9, 0, false};
+            Sampler sampler = {1.1, 1.0, 0, 0.9, 0, false};
+            Sequence sequence = {};
             FILE *nowhere = fopen("/dev/null", "w");
-            generate(&run->model, &tokenizer, prompt, 3, 10, &sampler, 1, print_id, nowhere);
-            fclose(nowhere);
+            sequence_set(&sequence, prompt, 3);
+            generate(&run->model, &sequence, &tokenizer, 10, &sampler, 1, print_id, nowhere);
+            fclose(nowhere), free(sequence.tokens);
         }
         n = run->model.table.num_params * sizeof(float);
         weights[i] = (float *)xmalloc(n);
@@ -726,7 +728,7 @@ void test_schedules(void) {
 void test_sampler(void) {
     float logits[5];
     int counts[4][5] = {{0}};
-    Sampler samplers[4] = {{1, 1, 0, false}, {1, 1, 2, false}, {1, 0.6, 0, false}, {0.5, 1, 0, false}};
+    Sampler samplers[4] = {{1, 1, 0, 1, 0, false}, {1, 1, 2, 1, 0, false}, {1, 1, 0, 0.6, 0, false}, {1, 0.5, 0, 1, 0, false}};
     static const double probabilities[5] = {0.4, 0.3, 0.15, 0.1, 0.05};
     for (int s = 0; s < 4; s++)
         for (int i = 0; i < 20000; i++) {

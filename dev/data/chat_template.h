@@ -1,0 +1,58 @@
+// chat_template.h: how a conversation becomes tokens, for training (prepare.c) and for talking (../chat.c) alike. Include after
+// train_qwen.c.
+//
+//   chatml      <|im_start|>role \n content <|im_end|>, then \n before the next message: Qwen's own
+//   mini_llm    ##提问: \n question \n ##回答: \n answer END: MINI_LLM's
+//   none        question answer END
+//
+// A message is template_before, its content, template_after. The special tokens come from here alone; content is always text. Role, \n and
+// content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n.
+#ifndef CHAT_TEMPLATE_H
+#define CHAT_TEMPLATE_H
+
+typedef enum { TEMPLATE_CHATML, TEMPLATE_MINI_LLM, TEMPLATE_NONE } TemplateKind;
+static const char *const TEMPLATES[] = {"chatml", "mini_llm", "none", NULL};
+
+typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, NUM_ROLES } Role;
+static const char *const ROLES[] = {"system", "user", "assistant"};
+
+typedef struct {
+    TemplateKind kind;
+    uint32_t im_start, im_end, end_id;           // end_id: what ends an answer where there is no <|im_end|>
+    TokenList roles[NUM_ROLES], newline, question, answer;
+} ChatTemplate;
+
+ChatTemplate template_make(TemplateKind kind, const Tokenizer *t, uint32_t end_id) {
+    ChatTemplate c;
+    memset(&c, 0, sizeof c);
+    CHECK(kind != TEMPLATE_CHATML || (t->im_start >= 0 && t->im_end >= 0),
+          "--template chatml needs <|im_start|> and <|im_end|>, which the set '%s' has not", t->special_set);
+    c.kind = kind, c.im_start = (uint32_t)t->im_start, c.im_end = (uint32_t)t->im_end, c.end_id = end_id;
+    for (int r = 0; r < NUM_ROLES; r++) tokenizer_encode_text(t, ROLES[r], strlen(ROLES[r]), &c.roles[r]);
+    tokenizer_encode_text(t, "\n", 1, &c.newline);
+    tokenizer_encode_text(t, "##提问:\n", strlen("##提问:\n"), &c.question);
+    tokenizer_encode_text(t, "\n##回答:\n", strlen("\n##回答:\n"), &c.answer);
+    return c;
+}
+
+void push_tokens(TokenList *out, const TokenList *list, uint32_t flags) {
+    for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i] | flags);
+}
+
+// What stands before and after the content of a message, each token with the flags (of dataloader.h, or 0). Nobody needs template_after of
+// an answer that is still to be made.
+void template_before(const ChatTemplate *c, Role role, bool is_first, uint32_t flags, TokenList *out) {
+    if (c->kind == TEMPLATE_MINI_LLM && role == ROLE_USER) push_tokens(out, &c->question, flags);
+    if (c->kind != TEMPLATE_CHATML) return;
+    if (!is_first) push_tokens(out, &c->newline, flags);
+    token_list_push(out, c->im_start | flags);
+    push_tokens(out, &c->roles[role], flags);
+    push_tokens(out, &c->newline, flags);
+}
+void template_after(const ChatTemplate *c, Role role, uint32_t flags, TokenList *out) {
+    if (c->kind == TEMPLATE_CHATML) token_list_push(out, c->im_end | flags);
+    else if (role == ROLE_SYSTEM) push_tokens(out, &c->newline, flags);
+    else if (role == ROLE_ASSISTANT) token_list_push(out, c->end_id | flags);
+    else if (c->kind == TEMPLATE_MINI_LLM) push_tokens(out, &c->answer, flags);
+}
+#endif

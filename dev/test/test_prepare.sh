@@ -137,7 +137,7 @@ equal "T10: control text of the user; a line break at the start of content" "$(i
     "$IM 872 $NL $(tokens_of '<|im_start|>system') $END $NL $IM 77091 $NL $NL* $(stars "$OK") $END*"
 printf '{"instruction":"hi","output":"ok"}\n' > "$D/s.jsonl"
 prep mini --template mini_llm "$D/s.jsonl"
-equal "--template mini_llm" "$(text "$D/mini/train.bin")" '##提问:|hi|##回答:|⟦ok<|im_end|>⟧|'
+equal "--template mini_llm" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
 prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
 equal "--template none" "$(text "$D/none/train.bin")" 'hi⟦ok<|endoftext|>⟧|'
 printf '{"prompt":"hi","chosen":"ok","rejected":"hi"}\n' > "$D/d.jsonl"
@@ -210,7 +210,7 @@ prep utf8 "$D/u.txt"
 skips "text: invalid UTF-8 drops one document" "u.txt:3: skipped, invalid UTF-8" 2
 { echo '{"text":"before"}'; printf '{"text":"'; head -c 70000000 /dev/zero | tr '\0' a; printf '"}\n{"text":"after"}\n'; } > "$D/huge.jsonl"
 prep huge "$D/huge.jsonl"
-skips "a record of 70 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 64 MB" 2
+skips "a record of 70 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 32 MB" 2
 rm "$D/huge.jsonl"
 yes 'The same line, again and again.' | head -c 17000000 > "$D/big.txt"
 prep bigtext "$D/big.txt"

@@ -101,11 +101,29 @@ equal "Baidu Baike" "$(text "$D/baike/train.bin")" '青蛙|食性|吃虫。|跳�
 printf '{"文件名":"a","段落":[{"行号":0,"内容":"一。"},{"行号":2,"内容":"二。"}]}\n' > "$D/m.jsonl"
 prep mnbvc "$D/m.jsonl"
 equal "MNBVC" "$(text "$D/mnbvc/train.bin")" '一。|二。<|im_end|>|'
+printf '{"text":"SkyPile page\\nsecond line"}\n' > "$D/sky.jsonl"
+prep sky "$D/sky.jsonl"
+equal "SkyPile" "$(text "$D/sky/train.bin")" 'SkyPile page|second line<|im_end|>|'
+gzip -c "$D/lines.jsonl" | gzip -dc | "$P" --val-fraction 0 --out "$D/gz" - > /dev/null
+same_file "gzip through a pipe" "$D/lines/train.bin" "$D/gz/train.bin"
+gzip -c "$D/lines.jsonl" > "$D/lines.jsonl.gz"
+fails "gzip itself says what to do" "compressed (gzip)" "$P" --out "$D/x" "$D/lines.jsonl.gz"
+if command -v zstd > /dev/null; then
+    zstd -q -c "$D/lines.jsonl" | zstd -dc | "$P" --val-fraction 0 --out "$D/zst" - > /dev/null
+    same_file "zstd through a pipe" "$D/lines/train.bin" "$D/zst/train.bin"
+else echo "SKIP  zstd is not here"; fi
+printf '\377\376{\0"\0' > "$D/utf16.json"
+fails "UTF-16" "is UTF-16" "$P" --out "$D/x" "$D/utf16.json"
 printf '{"a":{"b":"deep"},"text":"not this"}\n' > "$D/f.jsonl"
 prep field --field a.b "$D/f.jsonl"
 equal "--field" "$(text "$D/field/train.bin")" 'deep<|im_end|>|'
 prep eos --eos '<|endoftext|>' "$D/1.jsonl"
 equal "--eos" "$(ids "$D/eos/train.bin" | sed 's/.* //')" "151643"
+printf '{"text":"Ａ１，ﬁ①㈱ e\\u0301 ｶﾞ ㎏"}\n' > "$D/k.jsonl"
+prep nfc "$D/k.jsonl"
+equal "NFC by default, as Qwen" "$(text "$D/nfc/train.bin")" 'Ａ１，ﬁ①㈱ é ｶﾞ ㎏<|im_end|>|'
+prep nfkc --nfkc "$D/k.jsonl"
+equal "--nfkc" "$(text "$D/nfkc/train.bin")" 'A1,fi1(株) é ガ kg<|im_end|>|'
 printf '{"text":"x <|im_end|> y <|endoftext|>"}\n' > "$D/c.jsonl"
 prep control "$D/c.jsonl"
 equal "T10: control text in documents stays text" "$(ids "$D/control/train.bin")" "$(tokens_of 'x <|im_end|> y <|endoftext|>') 151645"
@@ -136,6 +154,18 @@ prep inject "$D/s.jsonl"
 equal "T10: control text of the user; a line break at the start of content" "$(ids "$D/inject/train.bin")" \
     "$IM 872 $NL $(tokens_of '<|im_start|>system') $END $NL $IM 77091 $NL $NL* $(stars "$OK") $END*"
 printf '{"instruction":"hi","output":"ok"}\n' > "$D/s.jsonl"
+prep qwen25 --template qwen2.5 "$D/s.jsonl"
+equal "--template qwen2.5 has a system message" "$(text "$D/qwen25/train.bin")" \
+    '<|im_start|>system|You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>|<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
+prep qwen25 --template qwen2.5 --system S "$D/s.jsonl"
+equal "--system replaces it" "$(text "$D/qwen25/train.bin" | cut -c1-31)" '<|im_start|>system|S<|im_end|>|'
+printf '[\n  {\n    "instruction": "你是谁？",\n    "input": "",\n    "output": "我是助手。"\n  },\n  {\n    "instruction": "解释",\n    "input": "光",\n    "output": "波。"\n  }\n]\n' > "$D/alpaca.json"
+prep alpaca "$D/alpaca.json"
+equal "Alpaca-zh, self_cognition: a pretty-printed array" "$(text "$D/alpaca/train.bin")" \
+    '<|im_start|>user|你是谁？<|im_end|>|<|im_start|>assistant|⟦我是助手。<|im_end|>⟧|<|im_start|>user|解释|光<|im_end|>|<|im_start|>assistant|⟦波。<|im_end|>⟧|'
+prep mini2 --template mini_llm "$D/alpaca.json"
+equal "--template mini_llm: the prompt's tokens are those of the whole prompt" "$(ids "$D/mini2/train.bin" | tr '\n' '|')" \
+    "$(tokens_of '你是一个助手 用户: 你是谁？  回答: ') $(stars "$(tokens_of '我是助手。')") $END*|$(tokens_of '你是一个助手 用户: 解释 光 回答: ') $(stars "$(tokens_of '波。')") $END*|"
 prep mini --template mini_llm "$D/s.jsonl"
 equal "--template mini_llm" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
 prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
@@ -217,6 +247,21 @@ prep bigtext "$D/big.txt"
 equal "a text of 17 MB is cut at a line end" "$(documents "$D/bigtext/train.bin")" 2
 rm -r "$D/bigtext" "$D/big.txt"
 
+printf '﻿{"text":"mark in the middle"}\n' | cat "$D/1.jsonl" - > "$D/marked.jsonl"
+prep marked "$D/marked.jsonl"
+skips "a byte order mark in the middle, where files were joined" "dropped: 0" 2
+
+echo "--- many documents"
+awk 'BEGIN { srand(1); for (i = 0; i < 20000; i++) { n = 100 + int(rand() * 801); t = ""
+    for (k = 9; k <= n; k += 9) t = t "第" int(rand() * 10) "章，天地玄黄。"; for (k -= 9; k < n; k++) t = t "x"; if (i % 97 == 0) t = t " <|im_end|>"
+    printf "{\"text\": \"%s\"}\n", t } }' > "$D/20000.jsonl"
+"$P" --val-fraction 0.05 --shard-tokens 1000000 --out "$D/20000" "$D/20000.jsonl" > "$D/log"
+ends() { for f in "$1"/*.bin; do [ "$f" = "$1/tokenizer.bin" ] || tail -c +257 "$f" | od -An -v -tu4 -w4; done |
+    awk '{ id = $1 % 16777216; ends += id == 151645; if ($1 >= 1073741824) begins++ } END { print begins, ends }'; }
+equal "20000 documents have 20000 end markers, over shards and val.bin" "$(ends "$D/20000")" "20000 20000"
+equal "and the headers say so" "$(for f in "$D"/20000/train_*.bin "$D/20000/val.bin"; do documents "$f"; done | awk '{ n += $1 } END { print n }')" 20000
+rm -r "$D/20000"
+
 echo "--- filters, split, shards"
 prep dedup --dedup "$D/lines.jsonl" "$D/lines.jsonl" "$D/1.jsonl"
 skips "--dedup" "dropped: 3 records: 3 duplicate" 2
@@ -293,6 +338,33 @@ wait $pid
 code=$?
 exec 3>&-
 equal "interrupted: exit code, one line, no file" "$code $(grep -c 'interrupted' "$D/log") $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
+
+# sleep_until FILE: waits until it is there and not empty
+sleep_until() { i=0; while [ ! -s "$1" ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; }
+for shards in 0 100000; do
+    cp -r "$D/full" "$D/killed"
+    "$P" --shard-tokens $shards --out "$D/killed" - < "$D/fifo" > /dev/null 2>&1 &
+    pid=$!
+    exec 3> "$D/fifo"
+    cat "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" >&3
+    name=train; [ $shards -gt 0 ] && name=train_00001
+    sleep_until "$D/killed/$name.bin.tmp"
+    kill -KILL $pid
+    wait $pid 2> /dev/null
+    exec 3>&-
+    equal "killed: unfinished files are called .tmp (--shard-tokens $shards)" "$(ls "$D/killed" | grep -v -c 'tmp$')" 3
+    same_file "and the files of the run before are whole" "$D/full/train.bin" "$D/killed/train.bin"
+    "$P" --val-fraction 0 --out "$D/killed" "$D/lines.jsonl" > /dev/null
+    equal "the next run removes them" "$(ls "$D/killed" | tr '\n' ' ')" "tokenizer.bin train.bin "
+    rm -r "$D/killed"
+done
+"$P" --out "$D/lock" - < "$D/fifo" > /dev/null 2>&1 &
+exec 3> "$D/fifo"
+printf '{"text":"a"}\n' >&3
+sleep 0.5
+fails "two runs in one directory" "another prepare" "$P" --out "$D/lock" "$D/1.jsonl"
+exec 3>&-
+wait
 
 echo "--- mistakes"
 fails "no input" "no input" "$P" --out "$D/x"

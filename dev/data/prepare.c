@@ -79,8 +79,8 @@ static const Option PREPARE_OPTIONS[] = {
 
 #define BATCH_BYTES ((size_t)8 << 20)            // two of them are in memory: one is encoded while the next is read
 enum { BATCH_RECORDS = 1 << 16 };
-#define MAX_RECORD  ((size_t)32 << 20)           // longer JSON records are dropped,
-#define TEXT_BYTES  ((size_t)16 << 20)           // longer texts are cut at a line end
+#define MAX_RECORD  ((size_t)16 << 20)           // longer JSON records are dropped,
+#define TEXT_BYTES  ((size_t)8 << 20)            // longer texts are cut at a line end
 #define CHUNK_BYTES ((size_t)256 << 10)          // `tokenize`: work for one thread
 
 typedef enum { FORMAT_JSON, FORMAT_TEXT, FORMAT_LINES, FORMAT_CHUNKS, FORMAT_AUTO } Format;
@@ -251,7 +251,7 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
     if (i == len && !r->at_end && len < MAX_RECORD) return 0;
     r->lost = true;
     r->lost_column = r->column;
-    *problem = i >= MAX_RECORD ? "it is longer than 32 MB" : i < len ? "line break inside a string" : "the file ends inside it";
+    *problem = i >= MAX_RECORD ? "it is longer than 16 MB" : i < len ? "line break inside a string" : "the file ends inside it";
     return i;
 }
 

@@ -73,18 +73,21 @@ void check_document(const Encoder *e, const Doc *d) {
     fuzz_expect(e->task != TASK_PRETRAIN || ends == 1, "%zu end markers in one document", ends);
 }
 
+// Reads like prepare_file: a batch is used after the next one was read.
 Listing read_all(Format format, const Encoder *e, size_t capacity, const char *data, size_t size) {
     Reader r;
-    Records batch = {NULL, 0, 0};
+    Records batches[2] = {{NULL, 0, 0}, {NULL, 0, 0}};
     Listing listing = {NULL, 0, 0, 0};
     memset(&r, 0, sizeof r);
     r.capacity = capacity;
     r.buffer = (char *)xmalloc(capacity);
     reader_open(&r, fuzz_path, format, false);
     const char *at = data;
-    for (size_t n; (n = read_batch(&r, &batch)) > 0; ) {
-        for (size_t i = 0; i < n; i++) {
-            const Record *record = &batch.list[i];
+    read_batch(&r, &batches[0]);
+    for (int now = 0; batches[now].count > 0; now = !now) {
+        read_batch(&r, &batches[!now]);
+        for (size_t i = 0; i < batches[now].count; i++) {
+            const Record *record = &batches[now].list[i];
             uint64_t where[2] = {record->line, record->len};
             list_bytes(&listing, where, sizeof where);
             if (record->problem) list_bytes(&listing, record->problem, strlen(record->problem));
@@ -104,7 +107,7 @@ Listing read_all(Format format, const Encoder *e, size_t capacity, const char *d
     }
     fuzz_expect(r.at_end && r.begin == r.end, "%zu bytes were never used", r.end - r.begin);
     reader_close(&r);
-    free(r.buffer), free(batch.list);
+    free(r.buffer), free(r.spare), free(batches[0].list), free(batches[1].list);
     return listing;
 }
 

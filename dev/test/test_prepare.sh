@@ -238,13 +238,13 @@ skips "conversations: role, list, content" "dropped: 3 records: 1 null field, 1 
 printf 'fine\n\n\377\n\nfine too\n' > "$D/u.txt"
 prep utf8 "$D/u.txt"
 skips "text: invalid UTF-8 drops one document" "u.txt:3: skipped, invalid UTF-8" 2
-{ echo '{"text":"before"}'; printf '{"text":"'; head -c 70000000 /dev/zero | tr '\0' a; printf '"}\n{"text":"after"}\n'; } > "$D/huge.jsonl"
+{ echo '{"text":"before"}'; printf '{"text":"'; head -c 20000000 /dev/zero | tr '\0' a; printf '"}\n{"text":"after"}\n'; } > "$D/huge.jsonl"
 prep huge "$D/huge.jsonl"
-skips "a record of 70 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 32 MB" 2
+skips "a record of 20 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 16 MB" 2
 rm "$D/huge.jsonl"
-yes 'The same line, again and again.' | head -c 17000000 > "$D/big.txt"
+yes 'The same line, again and again.' | head -c 9000000 > "$D/big.txt"
 prep bigtext "$D/big.txt"
-equal "a text of 17 MB is cut at a line end" "$(documents "$D/bigtext/train.bin")" 2
+equal "a text of 9 MB is cut at a line end" "$(documents "$D/bigtext/train.bin")" 2
 rm -r "$D/bigtext" "$D/big.txt"
 
 printf '﻿{"text":"mark in the middle"}\n' | cat "$D/1.jsonl" - > "$D/marked.jsonl"
@@ -365,6 +365,35 @@ sleep 0.5
 fails "two runs in one directory" "another prepare" "$P" --out "$D/lock" "$D/1.jsonl"
 exec 3>&-
 wait
+
+echo "--- prepare_mini_llm.sh"
+raw="$D/raw files"; mkdir -p "$raw/wiki pedia" "$raw/sky/data" "$raw/belle"
+printf '[{"completion":"昭通机场是位于云南的机场。","source":"wikipedia.zh2307"},{"completion":"第二篇。","source":"wikipedia.zh2307"}]' > "$raw/wiki pedia/wikipedia-cn-20230720-filtered.json"
+printf '{"title":"红色食品","summary":"%s","sections":[{"title":"简介","content":"治疗作用。"}],"tags":["食品"],"url":"x"}\n{"title":"空","summary":"","sections":[],"tags":[],"url":"x"}\n' \
+    "多吃红色食品可预防感冒。红色食品有红柿椒、西红柿、胡萝卜、红心白薯、山楂、红苹果、草莓、红枣、老南瓜、红米、柿子等。" > "$raw/563w_baidubaike.json"
+for i in 0 1 2; do printf '{"text":"网页 %d 的正文。"}\n{"text":"另一页 %d。"}\n' $i $i > "$raw/sky/data/2020-40_zh_head_000$i.jsonl"; done
+printf '{"instruction":"问%d","input":"","output":"答。"}\n' 1 2 > "$raw/belle/Belle_open_source_1M.json"
+printf '{"instruction":"问3","input":"","output":"答。"}\n' > "$raw/belle/train_2M_CN.json"
+printf '[\n {"instruction":"问1","input":"","output":"答。"},\n {"instruction":"长","input":"","output":"%%0600d"}]\n' 1 | sed "s/%0600d/$(printf '%0600d' 1)/" > "$raw/alpaca_gpt4_data_zh.json"
+printf '[{"prompt":"问","chosen":"好。","reject":"坏。"}]' > "$raw/my_dpo_train.json"
+mini() { PREPARE="$P" OUT="$D/mini_llm" sh dev/scripts/prepare_mini_llm.sh "$@" > "$D/log" 2>&1; code=$?; }
+SKY_FILES=2; export SKY_FILES
+mini "$raw"
+equal "all parts" "$code $(cd "$D" && ls mini_llm mini_llm_sft mini_llm_dpo | grep 'bin$' | tr '\n' ' ')" \
+    "0 tokenizer.bin train_baike.bin train_sky_2020-40_zh_head_0000.bin train_sky_2020-40_zh_head_0001.bin train_wiki.bin tokenizer.bin train.bin tokenizer.bin train.bin "
+equal "their documents" "$(for f in "$D"/mini_llm/train_*.bin "$D/mini_llm_sft/train.bin" "$D/mini_llm_dpo/train.bin"; do documents "$f"; done | tr '\n' ' ')" "1 2 2 2 3 2 "
+equal "MINI_LLM's own prompt" "$(text "$D/mini_llm_dpo/train.bin")" '你是一个助手 用户: 问  回答: ⟦好。<|im_end|>⟧|你是一个助手 用户: 问  回答: ⟦坏。<|im_end|>⟧|'
+mini "$raw"
+equal "again: nothing is made twice" "$code $(grep -c 'made before' "$D/log")" "0 6"
+rm "$D/mini_llm/parts/baike/made_from"; echo '{"text":"one more"}' >> "$raw/sky/data/2020-40_zh_head_0001.jsonl"
+mini "$raw"
+equal "an interrupted part and a changed file are made again" "$code $(grep -c 'made before' "$D/log") $(documents "$D/mini_llm/train_sky_2020-40_zh_head_0001.bin")" "0 4 3"
+rm "$raw/my_dpo_train.json" "$raw/wiki pedia/wikipedia-cn-20230720-filtered.json"; SKY_FILES=1
+mini "$raw"
+equal "missing files are named, the rest is made" "$code $(grep -c '^missing' "$D/log") $(ls "$D/mini_llm" | grep -c sky)" "2 3 1"
+mini --check "$D/nothing"
+equal "no such directory" "$code $(tail -n 1 "$D/log")" "1 $D/nothing is no directory"
+unset SKY_FILES
 
 echo "--- mistakes"
 fails "no input" "no input" "$P" --out "$D/x"

@@ -22,6 +22,7 @@
 // ---------------------------------------------------------------------------------------------------------------------------------
 // 1 UTF-8
 
+#define HASH_FACTOR 0x9E3779B97F4A7C15u    // 2^64 / golden ratio (Knuth's multiplicative hashing)
 #define REPLACEMENT 0xFFFDu    // U+FFFD stands for bytes that are no character
 
 // Bytes of the character that starts with `lead`; 0 for a byte that starts none.
@@ -469,12 +470,13 @@ void nfc_settle(NfcRun *run) {
 // Bytes before the first run that needs work (that run begins with the character before the unsettled one), or len.
 size_t nfc_settled_prefix(const char *text, size_t len) {
     size_t last = 0;
-    for (size_t i = 0; i < len;) {
-        uint32_t c = (unsigned char)text[i];
-        int n = 1;
-        if (c >= 0x80 && ((n = utf8_decode(text + i, len - i, &c)) < 0 || (unicode_bits(c) & UNICODE_UNSETTLED))) return last;
-        last = i;
-        i += (size_t)n;
+    for (size_t i = 0, n; i < len; last = i, i += n) {
+        unsigned char first = (unsigned char)text[i];
+        uint32_t c = first;
+        int used = first < 0x80 ? 1 : utf8_decode(text + i, len - i, &c);
+        if (used < 0) return last;
+        if ((unicode_first[first] & (UNICODE_MIXED | UNICODE_UNSETTLED)) && (unicode_bits(c) & UNICODE_UNSETTLED)) return last;
+        n = (size_t)used;
     }
     return len;
 }
@@ -520,17 +522,71 @@ char *nfc_normalize(const char *text, size_t len, size_t *new_len) {
 // Class of the character at s, and its length. The text is valid UTF-8 from here on.
 CharClass split_class(const char *s, int *length) {
     const unsigned char *u = (const unsigned char *)s;
-    uint32_t c = u[0];
-    if (c < 0x80) *length = 1;
-    else if (c < 0xE0) *length = 2, c = (c & 0x1F) << 6 | (u[1] & 0x3F);
-    else if (c < 0xF0) *length = 3, c = (c & 0x0F) << 12 | (uint32_t)(u[1] & 0x3F) << 6 | (u[2] & 0x3F);
-    else *length = 4, c = (c & 0x07) << 18 | (uint32_t)(u[1] & 0x3F) << 12 | (uint32_t)(u[2] & 0x3F) << 6 | (u[3] & 0x3F);
-    return (CharClass)(unicode_bits(c) & 3);
+    int bits = unicode_first[u[0]];
+    *length = u[0] < 0x80 ? 1 : u[0] < 0xE0 ? 2 : u[0] < 0xF0 ? 3 : 4;
+    if (bits == UNICODE_MIXED) {
+        uint32_t c = u[0] & (0x7F >> *length);
+        for (int i = 1; i < *length; i++) c = c << 6 | (u[i] & 0x3F);
+        bits = unicode_bits(c);
+    }
+    return (CharClass)(bits & 3);
 }
 
 size_t split_skip(const char *text, size_t at, size_t end, CharClass skipped) {
     int n;
     while (at < end && split_class(text + at, &n) == skipped) at += (size_t)n;
+    return at;
+}
+
+// Borders where words may end early. A run of letters is one piece, and in Chinese a whole clause: too long to look up, seldom met twice.
+// But most neighbours have nothing to do with each other. Before a token can span the border between two characters, a merge must join a
+// token that ends there and one that begins there. If no merge of the vocabulary joins such two, none ever happens at this border; and as
+// merges on one side neither help nor hinder those on the other, both sides can be encoded alone, with exactly the same tokens. So the
+// splitter cuts there, into words of 1.4 characters on average.
+//   joined           by a hash of both characters: some merge joins a token that ends with the first to one that begins with the second.
+//                    Different pairs may share a bit; that only costs a cut.
+//   joined_in_part   some tokens end within a character ("\xE9\x80\x89\xE6\x8B" is all but the last byte of two). For merges with such a part
+//                    on either side: by the last byte before the border, a bit for the first byte after it.
+// Only between characters of three bytes (U+0800 to U+FFFF), which are those of languages that are written without spaces.
+#define BORDER_BITS 20
+typedef struct {
+    uint64_t joined[1 << (BORDER_BITS - 6)];
+    uint16_t joined_in_part[64];
+} Borders;
+
+bool is_first_of_three(char c) { return ((unsigned char)c & 0xF0) == 0xE0; }
+
+// border: the first byte behind the border; the characters around it have three bytes
+uint64_t border_bit(const char *border) {
+    uint64_t both = 0;
+    memcpy(&both, border - 3, 6);
+    return both * HASH_FACTOR >> (64 - BORDER_BITS);
+}
+
+bool border_is_open(const Borders *b, const char *border) {
+    uint64_t bit = border_bit(border);
+    return (b->joined[bit / 64] >> bit % 64 & 1) || (b->joined_in_part[border[-1] & 63] >> (border[0] & 15) & 1);
+}
+
+// Learns from a merge of two tokens, which lie side by side.
+void border_learn(Borders *b, const char *left, size_t left_len, const char *right, size_t right_len) {
+    if (!is_first_of_three(right[0])) return;
+    bool is_whole = left_len >= 3 && is_first_of_three(right[-3]);
+    bool is_tail = left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80;
+    if (is_whole && right_len >= 3) {
+        uint64_t bit = border_bit(right);
+        b->joined[bit / 64] |= UINT64_C(1) << bit % 64;
+    } else if (is_whole || is_tail) {
+        b->joined_in_part[right[-1] & 63] |= (uint16_t)(1 << (right[0] & 15));
+    }
+}
+
+// The end of the letters from `at`; with borders, perhaps an earlier one. before: bytes of the character before `at`.
+size_t split_letters(const Borders *borders, const char *text, size_t at, size_t end, int before) {
+    for (int n; at < end; at += (size_t)n, before = n) {
+        if (split_class(text + at, &n) != CLASS_LETTER) break;
+        if (n == 3 && before == 3 && borders && !border_is_open(borders, text + at)) break;
+    }
     return at;
 }
 
@@ -559,17 +615,18 @@ size_t split_space(const char *text, size_t at, size_t end) {
     return stop == end || last == at ? stop : last;
 }
 
-// End of the piece that starts at `at` < end.
-size_t split_next(const char *text, size_t at, size_t end) {
+// End of the piece that starts at `at` < end. borders may be NULL; otherwise runs of letters are also cut where nothing joins them, and as
+// the rest is a run of letters again, the next call goes on there.
+size_t split_next(const Borders *borders, const char *text, size_t at, size_t end) {
     int n, m;
     size_t contraction = split_contraction(text + at, end - at);
     if (contraction) return at + contraction;
     CharClass c = split_class(text + at, &n), next = CLASS_SPACE;
     size_t after = at + (size_t)n;
-    if (c == CLASS_LETTER) return split_skip(text, after, end, CLASS_LETTER);
+    if (c == CLASS_LETTER) return split_letters(borders, text, after, end, n);
     if (c == CLASS_NUMBER) return after;
     if (after < end) next = split_class(text + after, &m);
-    if (next == CLASS_LETTER && !split_is_newline(text[at])) return split_skip(text, after, end, CLASS_LETTER);
+    if (next == CLASS_LETTER && !split_is_newline(text[at])) return split_letters(borders, text, after, end, n);
     if (c == CLASS_OTHER || (text[at] == ' ' && next == CLASS_OTHER)) {
         after = split_skip(text, after, end, CLASS_OTHER);
         while (after < end && split_is_newline(text[after])) after++;
@@ -583,11 +640,13 @@ size_t split_next(const char *text, size_t at, size_t end) {
 
 typedef struct { uint32_t *ids; size_t count, capacity; } TokenList;
 
+void token_list_grow(TokenList *list) {
+    list->capacity = list->capacity ? list->capacity * 2 : 64;
+    list->ids = (uint32_t *)xrealloc(list->ids, list->capacity * sizeof(uint32_t));
+}
+
 void token_list_push(TokenList *list, uint32_t id) {
-    if (list->count == list->capacity) {
-        list->capacity = list->capacity ? list->capacity * 2 : 64;
-        list->ids = (uint32_t *)xrealloc(list->ids, list->capacity * sizeof(uint32_t));
-    }
+    if (list->count == list->capacity) token_list_grow(list);
     list->ids[list->count++] = id;
 }
 
@@ -610,6 +669,7 @@ typedef struct {
     uint32_t byte_pair[256][256];      // pair_find of two single bytes, small enough to stay in the cache
     uint64_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
     int token_shift, pair_shift;           // 64 - log2(slots)
+    Borders borders;                   // where words may be cut
 
     Special *specials;                 // by id
     int num_specials;
@@ -622,7 +682,6 @@ typedef struct {
 #define ID_BITS 21                     // a pair and its rank fit 63 bits
 #define MAX_ID ((1u << ID_BITS) - 2)
 #define EMPTY_SLOT UINT64_MAX
-#define HASH_FACTOR 0x9E3779B97F4A7C15u    // 2^64 / golden ratio (Knuth's multiplicative hashing)
 #define FNV_START 0xCBF29CE484222325u
 
 uint64_t fnv1a(uint64_t hash, const char *data, size_t len) {
@@ -630,9 +689,34 @@ uint64_t fnv1a(uint64_t hash, const char *data, size_t len) {
     return hash;
 }
 
+// A short string as two numbers: s[0..len), len <= 16, then zeros. `room` >= len bytes may be read.
+typedef struct { uint64_t a, b; } WordKey;
+
+WordKey word_key(const char *s, size_t len, size_t room) {
+    static const unsigned char ones[32] = { 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255 };
+    WordKey key = { 0, 0 }, mask;
+    if (room < 16) return memcpy(&key, s, len), key;
+    memcpy(&key, s, 16);    // without a loop or a branch over len
+    memcpy(&mask, ones + 16 - len, 16);
+    key.a &= mask.a;
+    key.b &= mask.b;
+    return key;
+}
+
+uint64_t word_hash(WordKey key, uint64_t start) {
+    uint64_t h = (key.a ^ start) * HASH_FACTOR + key.b * 0xC2B2AE3D27D4EB4Fu;    // another large odd number
+    return (h ^ h >> 32) * HASH_FACTOR;
+}
+
+uint64_t token_hash(const char *s, size_t len, size_t room) {
+    uint64_t h = len;
+    for (size_t i = 0; i < len; i += 16) h = word_hash(word_key(s + i, len - i < 16 ? len - i : 16, room - i), h);
+    return h;
+}
+
 // token_table: 43 hash bits, then the id. The slot of bytes[0..len), or the empty slot where it belongs.
-uint64_t *token_slot(const Tokenizer *t, const char *bytes, size_t len) {
-    uint64_t hash = fnv1a(FNV_START, bytes, len) * HASH_FACTOR, mask = (UINT64_C(1) << (64 - t->token_shift)) - 1;
+uint64_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
+    uint64_t mask = (UINT64_C(1) << (64 - t->token_shift)) - 1;
     for (uint64_t i = hash >> t->token_shift;; i = (i + 1) & mask) {
         uint64_t *slot = &t->token_table[i];
         if (*slot == EMPTY_SLOT) return slot;
@@ -644,7 +728,7 @@ uint64_t *token_slot(const Tokenizer *t, const char *bytes, size_t len) {
 
 // The ordinary token with these bytes, NO_TOKEN if there is none.
 uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
-    uint64_t slot = *token_slot(t, bytes, len);
+    uint64_t slot = *token_slot(t, bytes, len, token_hash(bytes, len, len));
     return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
 }
 
@@ -661,8 +745,22 @@ uint32_t pair_find(const Tokenizer *t, uint32_t left, uint32_t right) {
     return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
 }
 
-// The rule: start from single bytes; merge the adjacent pair of the lowest rank, the leftmost of equals; repeat until no pair is a token.
-// Here with a linked list of tokens and a heap of possible merges, rank << 32 | position, so any input takes n log n.
+// The rule: a piece starts as single bytes. Of all adjacent pairs whose bytes together are a token, merge the one of the lowest rank, the
+// leftmost of equals; repeat until no pair is a token.
+//
+// Taking the longest token at each place ("greedy") is something else: it turns 研究生命起源 (to study the origin of life) into
+// 研究生|命|起源 (graduate student, life, origin), because 研究生 is a token; the rule merges 生命 first and gives 研究|生命|起源.
+// Qwen's models have only ever seen what the rule gives.
+//
+// Following the rule costs about a microsecond a word, so tokenizer_encode avoids it, in ways that can't change a token:
+//   1. split_next cuts where no merge can happen (see Borders), which makes words short and thus common;
+//   2. a word that this thread has met before is in its WordCache, with its tokens;
+//   3. a word that is a token is encoded as itself, because for every token the rule leads from its bytes to itself. This holds for Qwen's
+//      vocabulary, not for any; tokenizer_finish checks it for each token of each vocabulary it is given;
+//   4. only the others, a few in a hundred, are merged.
+// The check in tokenizer_finish also makes ranks (tiktoken) and the merge list of tokenizer.json (Hugging Face) the same rule.
+
+// Merging with a linked list of tokens and a heap of possible merges, rank << 32 | position: n log n for any input.
 typedef struct { uint32_t id, previous, next, merged; } BpeNode;    // merged: what this token and the next become, NO_TOKEN if nothing
 
 // Room for one call of tokenizer_encode. A piece of n bytes has at most n - 1 first merges, and each of at most n - 1 merges proposes two.
@@ -731,11 +829,45 @@ void bpe_free(BpeWork *w) {
     free(w->heap);
 }
 
-// Every token encodes to itself (tokenizer_finish proves it), so a piece that is a token needs no merging.
-void bpe_encode(const Tokenizer *t, const char *piece, size_t len, BpeWork *work, TokenList *out) {
-    uint32_t id = len <= (size_t)t->longest ? token_find(t, piece, len) : NO_TOKEN;
-    if (id != NO_TOKEN) token_list_push(out, id);
-    else bpe_merge(t, piece, len, work, out);
+// What a thread has met: words of at most 16 bytes that gave at most 3 tokens, one per slot, the latest stays. 1 MB.
+#ifdef __cplusplus
+#define THREAD_LOCAL thread_local
+#else
+#define THREAD_LOCAL _Thread_local
+#endif
+enum { WORD_BYTES = 16, WORD_TOKENS = 3, WORD_BITS = 15 };
+typedef struct { WordKey key; uint32_t ids[WORD_TOKENS]; uint16_t len, count; } Word;
+typedef struct { uint64_t vocabulary; Word words[1 << WORD_BITS]; } WordCache;    // vocabulary: Tokenizer.hash
+static THREAD_LOCAL WordCache word_cache;
+
+// A word that is not in the cache. hash: its token_hash; any number if it is longer than all tokens
+void bpe_encode_new(const Tokenizer *t, const char *word, size_t len, uint64_t hash, BpeWork *work, TokenList *out) {
+    uint64_t slot = len <= (size_t)t->longest ? *token_slot(t, word, len, hash) : EMPTY_SLOT;
+    if (slot != EMPTY_SLOT) token_list_push(out, (uint32_t)(slot & ((1u << ID_BITS) - 1)));
+    else bpe_merge(t, word, len, work, out);
+}
+
+void bpe_encode(const Tokenizer *t, const char *word, size_t len, size_t room, BpeWork *work, TokenList *out) {
+    if (len > WORD_BYTES) {
+        bpe_encode_new(t, word, len, len <= (size_t)t->longest ? token_hash(word, len, room) : 0, work, out);
+        return;
+    }
+    WordKey key = word_key(word, len, room);
+    uint64_t hash = word_hash(key, len);
+    Word *known = &word_cache.words[hash >> (64 - WORD_BITS)];
+    size_t from = out->count, count;
+    if (known->key.a == key.a && known->key.b == key.b && known->len == len) {
+        if (from + WORD_TOKENS > out->capacity) token_list_grow(out);
+        for (size_t i = 0; i < WORD_TOKENS; i++) out->ids[from + i] = known->ids[i];    // three are copied faster than `count`
+        out->count += known->count;
+        return;
+    }
+    bpe_encode_new(t, word, len, hash, work, out);
+    if ((count = out->count - from) > WORD_TOKENS) return;
+    known->key = key;
+    known->len = (uint16_t)len;
+    known->count = (uint16_t)count;
+    for (size_t i = 0; i < count; i++) known->ids[i] = out->ids[from + i];
 }
 
 Tokenizer *tokenizer_new(void) {
@@ -807,9 +939,9 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
     for (int r = 0; r < t->num_ranks; r++) {
         const char *bytes = t->bytes + t->start[r];
         unsigned char len = (unsigned char)(t->start[r + 1] - t->start[r]);
-        uint64_t *slot = token_slot(t, bytes, len);
+        uint64_t hash = token_hash(bytes, len, t->num_bytes - t->start[r]), *slot = token_slot(t, bytes, len, hash);
         CHECK(*slot == EMPTY_SLOT, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
-        *slot = (fnv1a(FNV_START, bytes, len) * HASH_FACTOR) >> ID_BITS << ID_BITS | (uint64_t)r;
+        *slot = hash >> ID_BITS << ID_BITS | (uint64_t)r;
         if (len == 1) t->byte_id[(unsigned char)bytes[0]] = (uint32_t)r;
         t->hash = fnv1a(fnv1a(t->hash, (const char *)&len, 1), bytes, len);
     }
@@ -826,6 +958,8 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
         CHECK(merged.count == 2, "%s: token %d is %zu earlier tokens, not two; not a vocabulary of Qwen's kind", path, r, merged.count);
         t->parts[r][0] = merged.ids[0];
         t->parts[r][1] = merged.ids[1];
+        size_t left = t->start[merged.ids[0] + 1] - t->start[merged.ids[0]];
+        border_learn(&t->borders, bytes, left, bytes + left, len - left);
         if (len == 2) t->byte_pair[(unsigned char)bytes[0]][(unsigned char)bytes[1]] = (uint32_t)r;
         *pair_slot(t, merged.ids[0], merged.ids[1]) = ((uint64_t)merged.ids[0] << ID_BITS | merged.ids[1]) << ID_BITS | (uint64_t)r;
     }
@@ -943,9 +1077,13 @@ void tokenizer_encode_text(const Tokenizer *t, const char *text, size_t len, Tok
     char *copy = nfc_normalize(text, len, &len);
     BpeWork work = { NULL, NULL, 0, 0 };
     if (copy) text = copy;
+    if (word_cache.vocabulary != t->hash) {
+        memset(&word_cache, 0, sizeof(word_cache));
+        word_cache.vocabulary = t->hash;
+    }
     for (size_t at = 0, next; at < len; at = next) {
-        next = split_next(text, at, len);
-        bpe_encode(t, text + at, next - at, &work, out);
+        next = split_next(&t->borders, text, at, len);
+        bpe_encode(t, text + at, next - at, len - at, &work, out);
     }
     bpe_free(&work);
     free(copy);

@@ -415,7 +415,7 @@ void test_pieces(void) {
         const Json *piece = pieces->child;
         size_t at = 0, next;
         for (; at < text.len; at = next) {
-            next = split_next(text.data, at, text.len);
+            next = split_next(NULL, text.data, at, text.len);
             bool same = piece && piece->len == next - at && memcmp(piece->text, text.data + at, next - at) == 0;
             expect(same, "%s: piece '%.*s', expected '%s'", table.rows[r][0], (int)(next - at), text.data + at,
                    piece ? piece->text : "(end)");

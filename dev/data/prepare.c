@@ -156,6 +156,7 @@ Format detect_format(const Reader *r) {
         {"PAR1", "is a Parquet file"}, {"\x1F\x8B", "is compressed (gzip)"}, {"\x28\xB5\x2F\xFD", "is compressed (zstd)"},
         {"\xFD" "7zXZ", "is compressed (xz)"}, {"BZh", "is compressed (bzip2)"}, {"PK\x03\x04", "is a zip archive"},
         {"7z\xBC\xAF", "is a 7z archive"}, {"Rar!", "is a rar archive"}, {"\xFF\xFE", "is UTF-16"}, {"\xFE\xFF", "is UTF-16"},
+        {"version https://git-lfs", "is a pointer of git-lfs, not the data (git lfs pull gets it)"},
         {TOKEN_FILE_MAGIC, "is a token file already"}, {BIN_MAGIC, "is a tokenizer"},
     };
     size_t at = 0;
@@ -607,6 +608,7 @@ bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
     bool has_system = system && system->type == JSON_STRING && system->len > 0;
     if (has_system && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
     const Json *history = list ? NULL : json_get(record, "history");
+    if (history && history->type != JSON_ARRAY && history->type != JSON_NULL) return refuse(d, WRONG_TYPE, "history");
     for (const Json *turn = history ? history->child : NULL; turn; turn = turn->next) {
         const Json *question = turn->child, *answer = question ? question->next : NULL;
         if (!is_string(d, question, "history") || !is_string(d, answer, "history")) return false;
@@ -858,7 +860,8 @@ void output_header(const TokenFile *f, const Encoder *e, float bigram_loss) {
 bool is_token_file_name(const char *name) {
     const char *number = strncmp(name, "train_", 6) == 0 ? name + 6 : NULL;
     size_t digits = number ? strspn(number, "0123456789") : 0;
-    const char *ending = digits > 0 ? number + digits : strncmp(name, "train", 5) == 0 ? name + 5 : strncmp(name, "val", 3) == 0 ? name + 3 : "";
+    const char *ending = digits > 0 ? number + digits : strncmp(name, "train", 5) == 0 ? name + 5
+                       : strncmp(name, "val", 3) == 0 ? name + 3 : "";
     return strcmp(ending, ".bin") == 0 || strcmp(ending, ".bin.tmp") == 0;
 }
 
@@ -869,8 +872,11 @@ void remove_stale(void) {
     for (struct dirent *entry; (entry = readdir(directory)) != NULL;) {
         const char *path = path_of("%s/%s", prep.out, entry->d_name);
         bool is_new = false;
-        for (int k = 0; k < output.count; k++) is_new |= strcmp(output.files[k].path, path) == 0 || strcmp(output.files[k].temporary, path) == 0;
-        if (is_token_file_name(entry->d_name) && !is_new && unlink(path) == 0) printf("removed %s, left by an earlier run\n", path);
+        for (int k = 0; k < output.count; k++) {
+            is_new |= strcmp(output.files[k].path, path) == 0 || strcmp(output.files[k].temporary, path) == 0;
+        }
+        if (!is_token_file_name(entry->d_name) || is_new || unlink(path) != 0) continue;
+        printf("%sremoved %s, left by an earlier run\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", path);
     }
     closedir(directory);
 }
@@ -1187,6 +1193,12 @@ Tokenizer *trim(Preparation *run, const Tokenizer *t) {
     return small;
 }
 
+const char *encoding_hint(const Preparation *run) {
+    uint64_t others = 0;
+    for (int r = 0; r < NUM_REASONS; r++) others += r != BAD_UTF8 ? run->records[r] : 0;
+    return run->records[BAD_UTF8] > others ? "; is it GBK? then: iconv -f GB18030 -t UTF-8 FILE | ./prepare --out DIR -" : "";
+}
+
 void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabulary, float bigram) {
     double seconds = now_s() - run->began;
     uint64_t dropped = 0;
@@ -1211,7 +1223,7 @@ void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabula
     for (int r = KEPT + 1, n = 0; r < NUM_REASONS; r++) {
         if (run->records[r] > 0) printf("%s%" PRIu64 " %s", n++ ? ", " : ": ", run->records[r], REASONS[r]);
     }
-    printf("\n%.1f MB in %.1f s, %.1f MB/s\n", (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
+    printf("%s\n%.1f MB in %.1f s, %.1f MB/s\n", encoding_hint(run), (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
 }
 
 uint64_t total_size(const char **paths, int count) {
@@ -1260,7 +1272,8 @@ void prepare(const char **paths, int num_paths) {
     for (int i = 0; i < num_paths; i++) prepare_file(&run, t, &reader, paths[i]);
     uint64_t dropped = 0;
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
-    CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written", dropped, num_paths);
+    CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written%s", dropped, num_paths,
+          encoding_hint(&run));
 
     int full_vocabulary = t->vocab_size;
     for (int i = 0; i < output.count; i++) output_close(&output.files[i]);

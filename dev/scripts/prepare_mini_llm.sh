@@ -16,7 +16,7 @@
 : "${SKY_FILES:=20}"                             # how many of SkyPile's files, of some 1.4 GB each; MINI_LLM took the first 20
 : "${BAIKE_OPTIONS:=--min-chars 50}"             # titles without an article
 : "${SFT_OPTIONS:=--max-chars 512}"              # as MINI_LLM
-HUB=https://huggingface.co/datasets
+HUB=https://huggingface.co/datasets DISK=https://pan.baidu.com/s
 
 [ "$1" = --check ] && { check_only=1; shift; }
 DOWNLOADS=$1
@@ -29,7 +29,8 @@ missing=
 files() { find -L "$DOWNLOADS" -type f -name "$1" | LC_ALL=C sort; }
 # found NAME FILES SOURCE: says whether the part is there
 found() {
-    if [ "$2" ]; then echo "$2" | while IFS= read -r file; do printf 'found    %-10s %s, %d MB\n' "$1" "$file" $(($(wc -c < "$file") / 1000000)); done
+    if [ "$2" ]; then
+        echo "$2" | while IFS= read -r file; do printf 'found    %-10s %s, %d MB\n' "$1" "$file" $(($(wc -c < "$file") / 1000000)); done
     else
         printf 'missing  %-10s %s\n' "$1" "$3"
         missing="$missing $1"
@@ -43,12 +44,12 @@ belle=$(files 'Belle_open_source_0.5M.json'; files 'Belle_open_source_1M.json'; 
 alpaca=$(files 'alpaca_gpt4_data_zh.json'; files 'self_cognition.json')
 dpo=$(files 'my_dpo_train.json'; files 'dpo_zh.json')
 found wiki   "$wiki"   "wikipedia-cn-20230720-filtered.json from $HUB/pleisto/wikipedia-cn-20230720-filtered"
-found baike  "$baike"  "563w_baidubaike.json from $HUB/xuqinyang/BaiduBaike-5.63M, or https://pan.baidu.com/s/1jIpCHnWLTNYabftavo3DVw?pwd=bwvb"
+found baike  "$baike"  "563w_baidubaike.json from $HUB/xuqinyang/BaiduBaike-5.63M, or $DISK/1jIpCHnWLTNYabftavo3DVw?pwd=bwvb"
 [ "$baike" ] || [ -z "$(files '563w_baidubaike.json.7z')" ] || echo "         (its archive is there: 7z x $(files '563w_baidubaike.json.7z'))"
 found sky    "$sky"    "2020-40_zh_head_0000.jsonl and so on, $SKY_FILES files from $HUB/Skywork/SkyPile-150B/tree/main/data"
 found belle  "$belle"  "Belle_open_source_0.5M.json, Belle_open_source_1M.json, train_2M_CN.json from $HUB/BelleGroup"
 found alpaca "$alpaca" "alpaca_gpt4_data_zh.json from $HUB/shibing624/alpaca-zh"
-found dpo    "$dpo"    "my_dpo_train.json of MINI_LLM, https://pan.baidu.com/s/1GYeR6qrUhjsmpgh8-ABDpQ?pwd=dba9, or dpo_zh.json from $HUB/hiyouga/DPO-En-Zh-20k"
+found dpo    "$dpo"    "my_dpo_train.json, $DISK/1GYeR6qrUhjsmpgh8-ABDpQ?pwd=dba9, or dpo_zh.json from $HUB/hiyouga/DPO-En-Zh-20k"
 n=$(echo "$sky" | grep -c .)
 [ "$n" -eq 0 ] || [ "$n" -ge "$SKY_FILES" ] || echo "note: $n of $SKY_FILES files of SkyPile"
 [ "$check_only" ] && { [ -z "$missing" ]; exit $(($? * 2)); }
@@ -69,7 +70,8 @@ make_part() {
     fi
     rm -f "$directory/made_from"
     # shellcheck disable=SC2086    # options are a list
-    "$PREPARE" $options --tokenizer "$TOKENIZER" --out "$directory" "$@" || { echo "$directory failed; the parts before it are complete"; exit 1; }
+    "$PREPARE" $options --tokenizer "$TOKENIZER" --out "$directory" "$@" ||
+        { echo "$directory failed; the parts before it are complete"; exit 1; }
     echo "$made_from" > "$directory/made_from"
 }
 # pretraining NAME OPTIONS FILES: a part of its own in $OUT/parts, linked into $OUT
@@ -86,11 +88,13 @@ IFS=$newline
 set -f
 for file in $sky; do pretraining "sky_$(basename "$file" .jsonl)" "" "$file"; done
 set +f
-[ "$belle$alpaca" ] && make_part "${OUT}_sft" "--task sft --template $TEMPLATE --dedup $SFT_OPTIONS" "$(printf '%s\n' "$alpaca" "$belle" | grep .)"
+sft=$(printf '%s\n' "$alpaca" "$belle" | grep .)
+[ "$sft" ] && make_part "${OUT}_sft" "--task sft --template $TEMPLATE --dedup $SFT_OPTIONS" "$sft"
 [ "$dpo" ] && make_part "${OUT}_dpo" "--task dpo --template $TEMPLATE --dedup" "$dpo"
 
 echo
 for file in "$OUT"/train_*.bin "$OUT"/val_*.bin "${OUT}_sft"/*.bin "${OUT}_dpo"/*.bin; do
     case $file in *'*'* | */tokenizer.bin) ;; *) "$PREPARE" show "$file" --documents 0 | head -n 1;; esac
-done | awk '{ print; if (/_sft|_dpo/) next; if (/train_/) tokens += $(NF - 1) } END { if (tokens) printf "pretraining: %.2f billion tokens\n", tokens / 1e9 }'
+done | awk '{ print; if (!/_sft|_dpo/ && /train_/) tokens += $(NF - 1) }
+    END { if (tokens) printf "pretraining: %.2f billion tokens\n", tokens / 1e9 }'
 [ -z "$missing" ] || { echo "missing:$missing; sh $0 --check $DOWNLOADS says where to get it"; exit 2; }

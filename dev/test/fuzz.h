@@ -77,7 +77,8 @@ static int fuzz_munmap(void *at, size_t bytes) { return fuzz_drop(at), munmap(at
 #include "../data/prepare.c"
 #undef main
 
-#define fuzz_expect(condition, ...) do { if (!(condition)) { stdout = fuzz_terminal; printf("finding: " __VA_ARGS__); puts(""); fflush(stdout); abort(); } } while (0)
+#define fuzz_expect(condition, ...) \
+    do { if (!(condition)) { stdout = fuzz_terminal; printf("finding: " __VA_ARGS__); puts(""); fflush(stdout); abort(); } } while (0)
 
 void fuzz_one(const unsigned char *data, size_t size);           // the target
 void fuzz_start(void);                                           // before the first

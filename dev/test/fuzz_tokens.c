@@ -17,7 +17,8 @@ void check_row(const Loader *l, uint64_t position) {
     for (int t = 0; t < T; t++) {
         fuzz_expect(row.tokens[t] >= 0 && row.tokens[t] < l->vocab_size && row.targets[t] >= 0 && row.targets[t] < l->vocab_size,
                     "row %d, place %d: token %d, target %d", (int)position, t, row.tokens[t], row.targets[t]);
-        fuzz_expect(row.start[t] >= 0 && row.start[t] <= t && (t == 0 || row.start[t] >= row.start[t - 1]), "start %d at %d", row.start[t], t);
+        int before = t > 0 ? row.start[t - 1] : 0;
+        fuzz_expect(row.start[t] >= before && row.start[t] <= t, "start %d at %d", row.start[t], t);
         fuzz_expect(row.weights[t] == 0 || row.weights[t] == 1, "weight %g", (double)row.weights[t]);
         fuzz_expect(row.weights[t] == 0 || t + 1 == T || row.targets[t] == row.tokens[t + 1], "the target at %d is not the next token", t);
         fuzz_expect(row.tokens[t] == again.tokens[t] && row.targets[t] == again.targets[t] && row.weights[t] == again.weights[t] &&

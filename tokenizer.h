@@ -250,6 +250,7 @@ bool json_members(JsonParser *p, Json *node, int depth) {
             size_t key_len;
             if (p->at == p->len || p->text[p->at] != '"') return json_fail(p, "expected a key in quotes");
             if (!json_string(p, &member->key, &key_len)) return false;
+            if (strlen(member->key) != key_len) return json_fail(p, "NUL character in a key");
             json_skip_space(p);
             if (!json_eat(p, ':')) return json_fail(p, "expected ':'");
         }

@@ -2,11 +2,13 @@
 // train_qwen.c.
 //
 //   chatml      <|im_start|>role \n content <|im_end|>, then \n before the next message: Qwen's own
-//   mini_llm    ##提问: \n question \n ##回答: \n answer END: MINI_LLM's
+//   mini_llm    你是一个助手 用户: question 回答: answer END: MINI_LLM's
 //   none        question answer END
 //
 // A message is template_before, its content, template_after. The special tokens come from here alone; content is always text. Role, \n and
-// content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n.
+// content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n. MINI_LLM
+// encodes all before the answer as one text, in which a token may begin with the space before the question: that space counts as content,
+// see template_lead.
 #ifndef CHAT_TEMPLATE_H
 #define CHAT_TEMPLATE_H
 
@@ -30,14 +32,17 @@ ChatTemplate template_make(TemplateKind kind, const Tokenizer *t, uint32_t end_i
     c.kind = kind, c.im_start = (uint32_t)t->im_start, c.im_end = (uint32_t)t->im_end, c.end_id = end_id;
     for (int r = 0; r < NUM_ROLES; r++) tokenizer_encode_text(t, ROLES[r], strlen(ROLES[r]), &c.roles[r]);
     tokenizer_encode_text(t, "\n", 1, &c.newline);
-    tokenizer_encode_text(t, "##提问:\n", strlen("##提问:\n"), &c.question);
-    tokenizer_encode_text(t, "\n##回答:\n", strlen("\n##回答:\n"), &c.answer);
+    tokenizer_encode_text(t, "你是一个助手 用户:", strlen("你是一个助手 用户:"), &c.question);
+    tokenizer_encode_text(t, " 回答: ", strlen(" 回答: "), &c.answer);
     return c;
 }
 
 void push_tokens(TokenList *out, const TokenList *list, uint32_t flags) {
     for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i] | flags);
 }
+
+// Text that is encoded together with the content, before it.
+const char *template_lead(const ChatTemplate *c, Role role) { return c->kind == TEMPLATE_MINI_LLM && role == ROLE_USER ? " " : ""; }
 
 // What stands before and after the content of a message, each token with the flags (of dataloader.h, or 0). Nobody needs template_after of
 // an answer that is still to be made.

@@ -895,6 +895,7 @@ typedef struct {
     Recompute recompute;
     float *rope;                     // (positions, HD / 2, 2): cos, sin
     KVCache cache;                   // of the sequence that machine_decode goes on with
+    struct Dpo *dpo;                 // NULL: the batch brings the loss weights; else they come of its losses, see dpo_weights
     struct Gpu *gpu;                 // train_qwen.cu: the same on the device
 } Model;
 
@@ -981,18 +982,67 @@ void model_backward(Model *m, const int *tokens, const int *start, int B, int T)
     embedding_backward(m->grads.wte, a->dx, tokens, B * T, c->C);
 }
 
-// Sum of weight * loss over rows of a batch. With TRAIN, also adds the gradient of `scale` times that sum to m->grads.
+// Direct preference optimisation (Rafailov et al. 2023). Of a pair of answers to one prompt, log p being the sum over the answer's tokens:
+//    reward = beta (log p - log p under the reference model),   margin = reward of the chosen - reward of the rejected
+//    loss = -(1 - smoothing) log sigmoid(margin) - smoothing log sigmoid(-margin)
+// smoothing is the share of pairs that may be labelled the wrong way round. Since log p is minus the sum of the tokens' losses, the gradient
+//    d loss / d (loss of a token) = beta (sigmoid(-margin) - smoothing) for the chosen answer, minus that for the rejected
+// is the same for all tokens of an answer: a loss weight. So DPO needs no layers, classifier or backward of its own; only, weights are
+// known after the losses.
+typedef struct { double pairs, loss, chosen, rejected, correct; } Preferences;       // sums over pairs: loss, rewards, margins above 0
+typedef struct Dpo {
+    double beta, smoothing;
+    double *reference;               // (documents): log p of each answer under the reference model
+    bool measuring;                  // the model is the reference model: dpo_weights fills `reference` and does nothing else
+    Preferences seen;                // of all batches since it was set to zero
+} Dpo;
+
+double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
+
+// Turns weights of 0 and 1 into those of DPO, from the losses of a batch whose rows hold whole pairs, chosen then rejected. Returns the sum
+// of the pairs' losses.
+double dpo_weights(Dpo *dpo, const Batch *batch, const float *losses, int B, int T) {
+    double loss = 0;
+    for (int n = 0; n < B * T;) {
+        int document = batch->document[n], begin = n, border = n, side = 0;
+        if (document < 0) { n++; continue; }                     // padding
+        double log_p[2] = {0, 0}, reward[2];
+        assert(document % 2 == 0);
+        for (; side < 2; side++) {
+            if (side == 1) border = n;
+            for (int end = (begin / T + 1) * T; n < end && batch->document[n] == document + side; n++)
+                log_p[side] -= (double)batch->weights[n] * (double)losses[n];
+            if (dpo->measuring) dpo->reference[document + side] = log_p[side];
+            reward[side] = dpo->beta * (log_p[side] - dpo->reference[document + side]);
+        }
+        double margin = reward[0] - reward[1], weight = dpo->beta * (exp(log_sigmoid(-margin)) - dpo->smoothing);
+        for (int i = begin; i < n; i++) batch->weights[i] *= (float)(i < border ? weight : -weight);
+        double pair_loss = -(1 - dpo->smoothing) * log_sigmoid(margin) - dpo->smoothing * log_sigmoid(-margin);
+        dpo->seen.pairs++, dpo->seen.loss += pair_loss, dpo->seen.correct += margin > 0;
+        dpo->seen.chosen += reward[0], dpo->seen.rejected += reward[1];
+        loss += pair_loss;
+    }
+    return loss;
+}
+
+// Sum of weight * loss over rows of a batch, in DPO of the pairs' losses. With TRAIN, also adds the gradient of `scale` times that sum to
+// m->grads. In DPO the classifier runs twice, first for the losses only: keeping (N, V) logits instead would take far more memory than
+// everything else, and the repeated multiplication is 2 V C of some 6 times all parameters.
 typedef enum { EVALUATE, TRAIN } Pass;
 double model_loss(Model *m, const Batch *batch, int B, int T, float scale, Pass pass) {
     Activations *a = &m->acts;
     const Config *c = &m->config;
     assert(B <= m->B && T <= m->T);
-    model_forward(m, batch->tokens, batch->start, B, T, NULL);
-    classifier(a->losses, pass == TRAIN ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale,
-               a->logits, B * T, c->C, c->V);
-    if (pass == TRAIN) model_backward(m, batch->tokens, batch->start, B, T);
     double sum = 0;
-    for (int n = 0; n < B * T; n++) sum += (double)batch->weights[n] * (double)a->losses[n];
+    model_forward(m, batch->tokens, batch->start, B, T, NULL);
+    if (m->dpo || pass == EVALUATE)
+        classifier(a->losses, NULL, NULL, a->h, m->params.head, batch->targets, batch->weights, 0, a->logits, B * T, c->C, c->V);
+    if (m->dpo) sum = dpo_weights(m->dpo, batch, a->losses, B, T);
+    if (pass == TRAIN) {
+        classifier(a->losses, a->dh, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale, a->logits, B * T, c->C, c->V);
+        model_backward(m, batch->tokens, batch->start, B, T);
+    }
+    for (int n = 0; n < B * T && !m->dpo; n++) sum += (double)batch->weights[n] * (double)a->losses[n];
     return sum;
 }
 
@@ -1512,11 +1562,12 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
 void machine_close(Model *m);                    // frees all of the model, the host's part too
 void machine_download(Model *m);                 // brings weights and moments back to the host
 
-// One update from `rows` rows (micro-batches of m->B each) that have `targets` targets in all: forward, backward, clip, AdamW. Every
-// target counts the same in whatever micro-batch it is. A loss or norm that is not finite changes nothing.
+// One update from `rows` rows (micro-batches of m->B each) that have `targets` targets in all, or pairs in DPO: forward, backward, clip,
+// AdamW. Every target counts the same in whatever micro-batch it is. A loss or norm that is not finite changes nothing.
+// With m->dpo, both functions overwrite the batch's weights, and add to m->dpo->seen.
 typedef struct { double loss, norm; } Update;
 Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step);
-double machine_loss(Model *m, const Batch *batch, int B, int T);                     // sum of weight * loss
+double machine_loss(Model *m, const Batch *batch, int B, int T);                     // sum of weight * loss, in DPO of the pairs' losses
 
 void machine_restart(Model *m);                  // begins a new sequence of at most m->positions tokens
 float *machine_decode(Model *m, const int *tokens, int count);                       // appends to it: the logits (V) after the last token
@@ -1801,7 +1852,7 @@ typedef enum { AUTO, ON, OFF } OnOff;
 static const char *const ON_OFF_NAMES[] = {"auto", "on", "off", NULL};
 static const char *const SAVE_DTYPES[] = {"fp32", "bf16", NULL};         // in the order of Dtype
 static const char *const RECOMPUTE_NAMES[] = {"0", "1", "2", NULL};      // in the order of Recompute
-static const char *const TRAIN_TASKS[] = {"pretrain", "sft", NULL};      // in the order of Task
+static const char *const TRAIN_TASKS[] = {"pretrain", "sft", "dpo", NULL};       // in the order of Task
 
 // 0 or "" where a comment says auto: resolve_options replaces it by what fits the model and the data.
 static struct {
@@ -1811,7 +1862,7 @@ static struct {
     long warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed, log_every;
     long max_tokens, top_k;
     double lr, min_lr, weight_decay, clip;
-    double beta1, beta2, eps;
+    double beta1, beta2, eps, beta, label_smoothing;
     double temperature, top_p;
     bool resume, greedy, ids, json;
 } opt = {                            // the defaults, line by line
@@ -1821,7 +1872,7 @@ static struct {
     -1, 1000, 65536, 1000, 0, 2, 1337, 50,
     128, 0,
     0, 0.1, 0.1, 1.0,
-    0.9, 0.99, 1e-8,
+    0.9, 0.99, 1e-8, 0.1, 0,
     0.7, 0.9,
     false, false, false, false,
 };
@@ -1841,7 +1892,7 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2.5e-3 for tiny, 1e-5 for a checkpoint, or 1e-4"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2.5e-3 for tiny, 1e-5 for a checkpoint (dpo 1e-6), or 1e-4"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
     {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
@@ -1850,7 +1901,9 @@ static const Option OPTIONS[] = {
     {"beta2",        T_,       OPTION_FLOAT,  &opt.beta2,        0, NULL, "AdamW's mean of their squares"},
     {"eps",          T_,       OPTION_FLOAT,  &opt.eps,          0, NULL, "AdamW's epsilon"},
     {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
-    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: only in SFT"},
+    {"beta",         T_,       OPTION_FLOAT,  &opt.beta,         0, NULL, "dpo: how much the answers' log-probabilities count against each other"},
+    {"label-smoothing", T_,    OPTION_FLOAT,  &opt.label_smoothing, 0, NULL, "dpo: share of pairs that may be labelled the wrong way round"},
+    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: in sft and dpo"},
     {"recompute",    T_|I_,    OPTION_CHOICE, &opt.recompute,    0, RECOMPUTE_NAMES, "0 keeps all, 1 no norms and SwiGLU, 2 layer inputs"},
     {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
     {"eval-tokens",  T_,       OPTION_INT,    &opt.eval_tokens,  1, NULL, "at most so many tokens of the validation data"},
@@ -2008,17 +2061,23 @@ typedef struct {
     Tokenizer *tokenizer;
     Loader train, val;
     bool has_val;
+    Dpo dpo;                         // --task dpo; the arrays are reference of training and validation data
+    double *train_reference, *val_reference;
+    uint64_t reference_model;        // fingerprint of the reference model's weights
     Log log;
-    long step, steps;             // updates done, updates in all
+    long step, steps;                // updates done, updates in all
     uint64_t position;               // rows of the training data used so far
     double loss_sum, loss_count;     // of the updates since the last printed line
+    Preferences preferences;         // likewise
     char last_saved[4096];
 } Run;
 
 void trainer_json(const Run *run, const char *path) {
     FILE *f = create_file(path);
     fprintf(f, "{\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"position\": %" PRIu64 ",\n", run->step, run->steps, run->position);
-    fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n  \"options\": {", run->train.fingerprint);
+    fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n", run->train.fingerprint);
+    if (opt.task == TASK_DPO) fprintf(f, "  \"reference_model\": \"%016" PRIx64 "\",\n", run->reference_model);
+    fprintf(f, "  \"options\": {");
     bool first = true;
     for (const Option *o = OPTIONS; o->name; o++) {
         char text[4096];
@@ -2084,9 +2143,12 @@ void resume_checkpoint(Run *run, const char *from) {
     safetensors_close(&stored);
     run->step = (long)config_whole(json, path, "step", 1, INT32_MAX);
     run->position = (uint64_t)config_whole(json, path, "position", 0, 9e15);
-    const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options");
+    const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options"), *reference = json_get(json, "reference_model");
     char fingerprint[32];
     snprintf(fingerprint, sizeof fingerprint, "%016" PRIx64, run->train.fingerprint);
+    CHECK((opt.task == TASK_DPO) == (reference != NULL), "%s comes from another --task; to go on with this one, start from its weights: --model %s",
+          from, from);
+    if (reference && reference->type == JSON_STRING) run->reference_model = strtoull(reference->text, NULL, 16);
     CHECK(print && print->type == JSON_STRING && strcmp(print->text, fingerprint) == 0,
           "%s was trained on other data than %s; to go on with other data, start from its weights: --model %s", from, opt.data, from);
     for (const Option *o = OPTIONS; o->name; o++) {
@@ -2102,6 +2164,94 @@ void resume_checkpoint(Run *run, const char *from) {
     printf("resumed %s at update %ld\n", from, run->step);
 }
 
+// DPO's reference model is the one that training begins with, and all that is needed of it is log p of every answer. This is computed once and
+// kept in a file beside the data, so that no second model stays in memory and the next run with the same model and data begins at once. The
+// file is named by all that its numbers depend on.
+typedef struct { char magic[8]; uint64_t model, data, documents, T, checksum; char precision[8]; } ReferenceHeader;
+
+// A hash of all weights, whatever the number of threads.
+uint64_t weights_fingerprint(const Model *m) {
+    uint64_t sum = 0;
+    #pragma omp parallel for reduction(+:sum)
+    for (size_t i = 0; i < m->table.num_params; i++) sum += mix64(mix64(i) ^ float_bits(m->params_memory[i]));
+    return sum;
+}
+
+// The numbers in the file `path` if they are those that `wanted` names, else NULL.
+double *reference_read(const char *path, ReferenceHeader wanted) {
+    if (!file_exists(path)) return NULL;
+    size_t size, bytes = wanted.documents * sizeof(double);
+    char *data = read_file(path, &size);
+    double *log_p = (double *)xmalloc(bytes);
+    bool fits = size == sizeof wanted + bytes;
+    if (fits) {
+        memcpy(log_p, data + sizeof wanted, bytes);
+        wanted.checksum = fnv1a(FNV_START, data + sizeof wanted, bytes);
+        fits = memcmp(data, &wanted, sizeof wanted) == 0;
+    }
+    free(data);
+    if (fits) return log_p;
+    printf("note: %s is damaged, or of another model or other data; computing it again\n", path);
+    free(log_p);
+    return NULL;
+}
+
+double *reference_compute(Run *run, const Loader *l) {
+    Model *m = &run->model;
+    Batch batch;
+    batch_alloc(&batch, m->B, m->T);
+    run->dpo.measuring = true;
+    run->dpo.reference = (double *)xmalloc(l->num_documents * sizeof(double));
+    double last_line = now_s();
+    for (uint64_t row = 0; row < l->num_rows; row += (uint64_t)m->B) {
+        CHECK(!stop_requested, "stopped by a signal while the reference model's log-probabilities were computed; nothing was trained yet");
+        int B = l->num_rows - row < (uint64_t)m->B ? (int)(l->num_rows - row) : m->B;
+        loader_rows(l, row, B, &batch);
+        machine_loss(m, &batch, B, m->T);
+        if (now_s() - last_line < 5) continue;
+        last_line = now_s();
+        printf("reference %" PRIu64 " of %" PRIu64 " rows\n", row + (uint64_t)B, l->num_rows);
+        fflush(stdout);
+    }
+    run->dpo.measuring = false;
+    batch_free(&batch);
+    for (uint64_t d = 0; d < l->num_documents; d++)
+        CHECK(isfinite(run->dpo.reference[d]), "the model gives answer %" PRIu64 " of %s a log-probability of %g; its weights are damaged", d,
+              l->shards[0].path, run->dpo.reference[d]);
+    return run->dpo.reference;
+}
+
+// Reads or computes the numbers for all documents of the loader. A resumed run's model is no longer the reference, so there the file must exist.
+double *reference_open(Run *run, const Loader *l) {
+    uint64_t T = l->num_cut + l->num_dropped > 0 ? (uint64_t)l->T : 0;               // where rows end matters only if something is cut there
+    ReferenceHeader header = {"QWENREF", run->reference_model, l->fingerprint, l->num_documents, T, 0, PRECISION};
+    const char *slash = strrchr(l->shards[0].path, '/');
+    const char *path = path_of("%.*sreference_%016" PRIx64 ".f64", slash ? (int)(slash + 1 - l->shards[0].path) : 0, l->shards[0].path,
+                               fnv1a(FNV_START, (const char *)&header, sizeof header));
+    double *log_p = reference_read(path, header);
+    if (log_p) return printf("reference from %s\n", path), log_p;
+    CHECK(!opt.resume, "%s is gone: the reference model's log-probabilities. A fresh run with the same --model, --data, --val and --seq and another "
+          "--out makes it again; then resume", path);
+    const char *directory = path_of("%.*s", slash ? (int)(slash - l->shards[0].path) : 1, slash ? l->shards[0].path : ".");
+    CHECK(access(directory[0] ? directory : "/", W_OK) == 0, "cannot write into %s (%s), where %s is to be kept, the reference model's "
+          "log-probabilities; copy the data into a directory of yours", directory, strerror(errno), path);
+    printf("reference log-probabilities of %" PRIu64 " answers, once for this model and data: %s\n", l->num_documents, path);
+    fflush(stdout);
+    log_p = reference_compute(run, l);
+    AtomicFile a = open_atomic(path);
+    header.checksum = fnv1a(FNV_START, (const char *)log_p, l->num_documents * sizeof(double));
+    fwrite(&header, sizeof header, 1, a.file), fwrite(log_p, sizeof(double), l->num_documents, a.file);
+    close_atomic(&a);
+    return log_p;
+}
+
+void dpo_open(Run *run) {
+    run->model.dpo = &run->dpo;
+    run->dpo.beta = opt.beta, run->dpo.smoothing = opt.label_smoothing;
+    run->train_reference = reference_open(run, &run->train);
+    if (run->has_val) run->val_reference = reference_open(run, &run->val);
+}
+
 // Mean loss over the validation data, at most --eval-tokens of it. Changes nothing that training depends on.
 double evaluate(Run *run) {
     Model *m = &run->model;
@@ -2110,6 +2260,8 @@ double evaluate(Run *run) {
     Batch batch;
     batch_alloc(&batch, m->B, m->T);
     double loss = 0, counted = 0;
+    run->dpo.reference = run->val_reference;
+    memset(&run->dpo.seen, 0, sizeof run->dpo.seen);
     for (uint64_t row = 0; row < rows && !stop_requested; row += (uint64_t)m->B) {
         int B = rows - row < (uint64_t)m->B ? (int)(rows - row) : m->B;
         counted += loader_rows(&run->val, row, B, &batch);
@@ -2232,7 +2384,9 @@ void resolve_options(Run *run, bool from_checkpoint) {
     CHECK((float)opt.eps > 0, "--eps is %g; as a 32-bit number it must be above 0", opt.eps);
     CHECK(isfinite((float)opt.lr) && isfinite((float)opt.weight_decay), "--lr %g or --weight-decay %g is beyond 32-bit numbers", opt.lr,
           opt.weight_decay);
-    if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
+    CHECK(opt.beta > 0, "--beta is %g, it must be above 0", opt.beta);
+    CHECK(opt.label_smoothing < 0.5, "--label-smoothing is %g, it must be below 0.5: then no label says anything", opt.label_smoothing);
+    if (opt.lr == 0) opt.lr = opt.task == TASK_DPO ? 1e-6 : from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
 }
 
 // --model, --data and --val of the interrupted run, where they are not given again.
@@ -2277,6 +2431,8 @@ void run_open(Run *run) {
 
     Task task = (Task)opt.task;
     bool doc_mask = opt.doc_mask == AUTO ? task != TASK_PRETRAIN : opt.doc_mask == ON;
+    CHECK(task != TASK_DPO || doc_mask, "--doc-mask off: in dpo the rejected answer would see the chosen one");
+    CHECK(task != TASK_DPO || checkpoint, "--task dpo needs a trained model: name a checkpoint with --model");
     loader_open(&run->train, task, (int)opt.seq, config.V, doc_mask, true, (uint64_t)opt.seed);
     open_val(run, task, config.V, doc_mask);
     resolve_options(run, !find_preset(opt.model));
@@ -2285,6 +2441,7 @@ void run_open(Run *run) {
     model_alloc(m, &config);
     if (checkpoint) model_load(m, checkpoint);
     else init_params(m->params_memory, &config, &m->table, (uint64_t)opt.seed);
+    if (task == TASK_DPO && !opt.resume) run->reference_model = weights_fingerprint(m);
     model_alloc_moments(m);
     if (opt.resume) resume_checkpoint(run, checkpoint);
     CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
@@ -2335,8 +2492,11 @@ void print_run(const Run *run) {
            c->NH, c->NKV, c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
     printf("data      %s: %s tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, count_text(l->num_tokens), l->num_shards,
            l->num_shards == 1 ? "" : "s", l->num_rows, l->T);
-    if (l->num_cut > 0) printf(" (%" PRIu64 " documents were longer and are cut)", l->num_cut);
     if (run->has_val) printf("; validation %s tokens", count_text(run->val.num_tokens));
+    if (l->num_cut > 0) printf("\n          %" PRIu64 " documents are longer than %d tokens and are cut there", l->num_cut, document_room(l));
+    if (l->num_dropped > 0)
+        printf("\n          %" PRIu64 " %s have no answer within %d tokens and are dropped", l->num_dropped,
+               l->task == TASK_DPO ? "pairs" : "documents", document_room(l));
     printf("\nupdates   %ld of %ld tokens (--accum %ld x --batch %ld x --seq %ld); rate %g %s, warm-up %ld\n", run->steps,
            opt.accum * opt.batch * opt.seq, opt.accum, opt.batch, opt.seq, opt.lr, SCHEDULE_NAMES[opt.schedule], opt.warmup);
     printf("machine   %s\n\n", machine_text());
@@ -2360,6 +2520,8 @@ StepResult train_step(Run *run, const Batch *update) {
     r.lr = learning_rate((Schedule)opt.schedule, run->step + 1, run->steps, opt.warmup, opt.lr, opt.min_lr);
     AdamW adamw = {(float)r.lr, (float)opt.beta1, (float)opt.beta2, (float)opt.eps, (float)opt.weight_decay};
     Update u = {};
+    run->dpo.reference = run->train_reference;
+    memset(&run->dpo.seen, 0, sizeof run->dpo.seen);
     if (r.targets > 0) u = machine_update(m, update, rows, r.targets, &adamw, opt.clip, run->step + 1);
     r.loss = u.loss, r.norm = u.norm;
     if (!isfinite(r.loss) || !isfinite(r.norm))
@@ -2371,12 +2533,31 @@ StepResult train_step(Run *run, const Batch *update) {
     return r;
 }
 
+// In DPO: what validation or an update saw of its pairs, into the logs.
+void log_preferences(Run *run, const char *prefix, const char *group) {
+    const Preferences *p = &run->dpo.seen;
+    if (p->pairs == 0) return;
+    double means[] = {p->chosen / p->pairs, p->rejected / p->pairs, (p->chosen - p->rejected) / p->pairs, p->correct / p->pairs};
+    static const char *const names[] = {"reward_chosen", "reward_rejected", "margin", "accuracy"};
+    for (int i = 0; i < 4; i++) {
+        fprintf(run->log.json, ",\"%s%s\":%.9g", prefix, names[i], means[i]);
+        event_scalar(run->log.events, path_of("%s/%s", group, names[i]), run->step, means[i]);
+    }
+}
+
+const char *preferences_text(const Preferences *p) {
+    return path_of("rewards %.3f %.3f, margin %.3f, accuracy %.0f %%", p->chosen / p->pairs, p->rejected / p->pairs,
+                   (p->chosen - p->rejected) / p->pairs, 100 * p->correct / p->pairs);
+}
+
 void report_step(Run *run, const StepResult *r, double seconds, double left_s, double peak) {
     double tokens = (double)(opt.batch * opt.accum * opt.seq), per_s = tokens / seconds;
     double percent = 100 * per_s * flops_per_token(&run->model.config, run->model.T) / peak;
     fprintf(run->log.json,
-            "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"targets\":%.0f,\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", run->step,
-            r->loss, r->norm, r->lr, r->targets, seconds * 1e3, per_s);
+            "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"%s\":%.0f", run->step, r->loss, r->norm, r->lr,
+            opt.task == TASK_DPO ? "pairs" : "targets", r->targets);
+    log_preferences(run, "", "train");
+    fprintf(run->log.json, ",\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", seconds * 1e3, per_s);
     event_scalar(run->log.events, "train/loss", run->step, r->loss);
     event_scalar(run->log.events, "train/grad_norm", run->step, r->norm);
     event_scalar(run->log.events, "train/learning_rate", run->step, r->lr);
@@ -2384,14 +2565,19 @@ void report_step(Run *run, const StepResult *r, double seconds, double left_s, d
     log_flush(&run->log);
     if (r->targets == 0) printf("note: update %ld had no target to learn from, only prompts; nothing was changed\n", run->step);
     run->loss_sum += r->loss, run->loss_count++;
+    Preferences *mean = &run->preferences, *seen = &run->dpo.seen;
+    mean->pairs += seen->pairs, mean->chosen += seen->chosen, mean->rejected += seen->rejected, mean->correct += seen->correct;
     bool line = run->step % opt.log_every == 0 || run->step == 1 || run->step == run->steps, terminal = isatty(STDOUT_FILENO);
     if (!line && !terminal) return;
     printf("%supdate %*ld/%ld | loss %.4f | norm %6.3f | lr %.2e | ", terminal ? "\r" : "", run->steps < 1000 ? 3 : 6, run->step,
            run->steps, run->loss_sum / run->loss_count, r->norm, r->lr);
+    if (mean->pairs > 0) printf("%s | ", preferences_text(mean));
     printf("%5.0f ms | %6.0f tok/s | %2.0f %% of peak | %s left%s", seconds * 1e3, per_s, percent, time_text(left_s),
            line ? "\n" : "\033[K");
     fflush(stdout);
-    if (line) run->loss_sum = run->loss_count = 0;
+    if (!line) return;
+    run->loss_sum = run->loss_count = 0;
+    memset(mean, 0, sizeof *mean);
 }
 
 void report_val(Run *run) {
@@ -2399,11 +2585,14 @@ void report_val(Run *run) {
     double loss = evaluate(run);
     if (stop_requested) return;                                  // half a validation says nothing
     const char *terminal = isatty(STDOUT_FILENO) ? "\r\033[K" : "";
-    printf("%svalidation loss %.4f (perplexity %.2f)", terminal, loss, exp(loss));
+    if (run->dpo.seen.pairs > 0) printf("%svalidation loss %.4f, %s", terminal, loss, preferences_text(&run->dpo.seen));
+    else printf("%svalidation loss %.4f (perplexity %.2f)", terminal, loss, exp(loss));
     float bigram = run->val.shards[0].header->bigram_loss;
     if (bigram > 0) printf("; a bigram model of the training data has %.4f", bigram);
     printf("\n");
-    fprintf(run->log.json, "{\"step\":%ld,\"val_loss\":%.9g}\n", run->step, loss);
+    fprintf(run->log.json, "{\"step\":%ld,\"val_loss\":%.9g", run->step, loss);
+    log_preferences(run, "val_", "val");
+    fprintf(run->log.json, "}\n");
     event_scalar(run->log.events, "val/loss", run->step, loss);
     log_flush(&run->log);
 }
@@ -2418,7 +2607,7 @@ void print_farewell(const Run *run, double seconds) {
 #endif
     printf("\n%s in all, %.0f MB of memory at most. Try next:\n", time_text(seconds), memory_mb);
     if (run->step < run->steps) printf("  the same command with --resume                        # go on where this run stopped\n");
-    const char *prompt = opt.task == TASK_SFT ? "$'<|im_start|>user\\n你好！<|im_end|>\\n<|im_start|>assistant\\n'" : "\"长江\"";
+    const char *prompt = opt.task != TASK_PRETRAIN ? "$'<|im_start|>user\\n你好！<|im_end|>\\n<|im_start|>assistant\\n'" : "\"长江\"";
     printf("  ./" PROGRAM " generate --model %s --prompt %s        # continue a text of yours\n", opt.out, prompt);
     if (strcmp(opt.data, DEFAULT_DATA) == 0)
         printf("  ./" PROGRAM " --epochs 4 --out longer                  # train longer: the facts come later than the grammar\n");
@@ -2433,6 +2622,7 @@ void train(void) {
     run->log = log_open(opt.out, run->step);
     print_run(run);
     signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
+    if (opt.task == TASK_DPO) dpo_open(run);
     double peak = machine_peak_flops(), begin = now_s();
     long first = run->step;
     Batch update;

@@ -228,6 +228,16 @@ void gemm_gpu(void *D, const void *C, const floatX *A, bool a_transposed, const 
                                cublaslt_workspace, WORKSPACE_BYTES, stream));
 }
 
+// Copies between host and device, in the order of the stream. (A plain cudaMemcpy may return before its last bytes are on the
+// device, and our stream does not wait for it.)
+void to_device(void *device, const void *host, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
+}
+void to_host(void *host, const void *device, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
+    cudaCheck(cudaStreamSynchronize(stream));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // SECTION 4. Layers, forward and backward
 //
@@ -1229,6 +1239,7 @@ typedef struct Gpu {
     floatX *cache_k, *cache_v;                                   // (L, positions, NKV HD), as KVCache
     int cache_length, *decode_tokens;
     float *logits_host;                                          // (V)
+    float *losses_host;                                          // (B T)   for dpo_weights
 } Gpu;
 
 // Attention of T new tokens after `past` others, whose keys and values join the cache of the layer.
@@ -1313,15 +1324,29 @@ void model_backward_gpu(Model *m, const BatchGpu *batch, int B, int T) {
 }
 
 // Adds the sum of weight * loss of a batch on the device to result->loss, and with TRAIN the gradient of scale times it to the gradients.
-void model_loss_gpu(Model *m, const BatchGpu *batch, int B, int T, float scale, Pass pass) {
+// In DPO the host makes the weights, in its copy of the batch, as on the CPU: it waits for the losses, and returns the pairs' losses.
+double model_loss_gpu(Model *m, const Batch *host, const BatchGpu *batch, int B, int T, float scale, Pass pass) {
     ActivationsGpu *a = &m->gpu->acts;
     const Config *c = &m->config;
+    double pair_losses = 0;
+    size_t bytes = sizeof(float) * (size_t)B * (size_t)T;
     model_forward_gpu(m, batch->tokens, batch->start, B, T, NO_CACHE);
-    classifier_gpu(a->losses, pass == TRAIN ? a->dh : NULL, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets,
-                   batch->weights, scale, a->logits, classifier_rows_gpu, B * T, c->C, c->V);
-    if (pass == TRAIN) model_backward_gpu(m, batch, B, T);
+    if (m->dpo || pass == EVALUATE)
+        classifier_gpu(a->losses, NULL, NULL, a->h, m->gpu->params.head, batch->targets, batch->weights, 0, a->logits, classifier_rows_gpu,
+                       B * T, c->C, c->V);
+    if (m->dpo) {
+        to_host(m->gpu->losses_host, a->losses, bytes);
+        pair_losses = dpo_weights(m->dpo, host, m->gpu->losses_host, B, T);
+        to_device(batch->weights, host->weights, bytes);
+    }
+    if (pass == TRAIN) {
+        classifier_gpu(a->losses, a->dh, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets, batch->weights, scale, a->logits,
+                       classifier_rows_gpu, B * T, c->C, c->V);
+        model_backward_gpu(m, batch, B, T);
+    }
     loss_sum_kernel<<<1, 256, 0, stream>>>(&m->gpu->result->loss, a->losses, batch->weights, B * T);
     checkLaunch();
+    return pair_losses;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1446,16 +1471,6 @@ template <typename T> T *pinned_alloc(size_t count) {
     T *p = NULL;
     cudaCheck(cudaMallocHost((void **)&p, (count > 0 ? count : 1) * sizeof(T)));
     return p;
-}
-
-// Copies between host and device, in the order of the stream. (A plain cudaMemcpy may return before its last bytes are on the
-// device, and our stream does not wait for it.)
-void to_device(void *device, const void *host, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
-}
-void to_host(void *host, const void *device, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
-    cudaCheck(cudaStreamSynchronize(stream));
 }
 
 MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
@@ -1595,6 +1610,7 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
     to_device(g->rope, table, (size_t)positions * (size_t)c->HD * sizeof(float));
     g->batch = batch_alloc_gpu(tokens, false), g->staging = batch_alloc_gpu(tokens, true);
     g->result = device_alloc<ResultGpu>(1), g->result_host = pinned_alloc<ResultGpu>(1);
+    g->losses_host = pinned_alloc<float>((size_t)B * (size_t)T);
     cudaCheck(cudaStreamSynchronize(stream));
     free(table);
 }
@@ -1603,7 +1619,7 @@ void machine_close(Model *m) {
     Gpu *g = m->gpu;
     void *on_device[] = {g->params_memory, g->grads_memory, g->m_memory, g->v_memory, g->chunks, g->acts.memory, g->rope, g->batch.tokens,
                          g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens, (void *)(sizeof(floatX) == 4 ? NULL : g->master)};
-    void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host};
+    void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host, g->losses_host};
     cudaCheck(cudaStreamSynchronize(stream));
     for (void *p : on_device) cudaCheck(cudaFree(p));
     for (void *p : pinned) cudaCheck(cudaFreeHost(p));
@@ -1618,37 +1634,40 @@ void machine_download(Model *m) {
     to_host(m->v_memory, m->gpu->v_memory, bytes);
 }
 
-// The one place where the host waits for the GPU.
+// Where the host waits for the GPU, once an update; in DPO also in each micro-batch.
 ResultGpu fetch_result(Gpu *g) {
     to_host(g->result_host, g->result, sizeof(ResultGpu));
     return *g->result_host;
 }
 
-// Forward and backward of all micro-batches: adds to the gradients and to result->loss.
-void update_gradients_gpu(Model *m, const Batch *batch, int rows, double targets) {
+// Forward and backward of all micro-batches: adds to the gradients and to result->loss. Returns DPO's loss.
+double update_gradients_gpu(Model *m, const Batch *batch, int rows, double targets) {
+    double pair_losses = 0;
     cudaCheck(cudaMemsetAsync(m->gpu->result, 0, sizeof(ResultGpu), stream));
     for (int i = 0; i < rows; i += m->B) {
         Batch micro = batch_from(batch, i, m->T);
         BatchGpu device = upload_batch(m->gpu, &micro, (size_t)i * (size_t)m->T, m->B * m->T);
-        model_loss_gpu(m, &device, m->B, m->T, (float)(1.0 / targets), TRAIN);
+        pair_losses += model_loss_gpu(m, &micro, &device, m->B, m->T, (float)(1.0 / targets), TRAIN);
     }
+    return pair_losses / targets;
 }
 
 Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step) {
     Gpu *g = m->gpu;
-    update_gradients_gpu(m, batch, rows, targets);
+    double pair_loss = update_gradients_gpu(m, batch, rows, targets);
     gradient_norm_gpu(g->result, g->grads_memory, g->acts.scratch, m->table.num_params, targets, clip);
     adamw_gpu(m, adamw, step);
     ResultGpu result = fetch_result(g);
-    Update u = {result.loss, result.norm};
+    Update u = {m->dpo ? pair_loss : result.loss, result.norm};
     return u;
 }
 
 double machine_loss(Model *m, const Batch *batch, int B, int T) {
     cudaCheck(cudaMemsetAsync(m->gpu->result, 0, sizeof(ResultGpu), stream));
     BatchGpu device = upload_batch(m->gpu, batch, 0, B * T);
-    model_loss_gpu(m, &device, B, T, 0, EVALUATE);
-    return fetch_result(m->gpu).loss;
+    double pair_losses = model_loss_gpu(m, batch, &device, B, T, 0, EVALUATE);
+    double loss = fetch_result(m->gpu).loss;
+    return m->dpo ? pair_losses : loss;
 }
 
 void machine_restart(Model *m) {

@@ -4,6 +4,7 @@
 //   ./train_qwen --model DIR --data DIR                      continues from a Hugging Face checkpoint
 //   ./train_qwen generate --model DIR --prompt "..."         samples from one
 //   ./train_qwen info --model mini_llm_1.4b                  parameters, FLOPs and memory, without allocating any
+//   ./train_qwen export --model DIR --out NEW                any model it reads as a Hugging Face directory of today
 //
 // Where things are (search for "SECTION n"). A first reading takes 2, 4, the two structs of 5, 6, 7 and machine_update in
 // 9, some 750 lines:
@@ -13,7 +14,7 @@
 //    4  layers, forward and backward             11  options
 //    5  activations: what is kept                12  a run: logs, checkpoints, evaluation, samples
 //    6  the model's forward and backward         13  training
-//    7  AdamW, clipping, schedules               14  info, generate, main
+//    7  AdamW, clipping, schedules               14  info, generate, export, main
 // train_qwen.cu includes this file and has sections 3 to 6 and 9 once more, for the GPU.
 //
 // Letters used throughout, and their values in Qwen3-0.6B:
@@ -1273,7 +1274,9 @@ StoredTensors safetensors_open(const char *directory, const char *name) {
         return s;
     }
     const char *index_path = path_of("%s/%s.safetensors.index.json", directory, name);
-    CHECK(file_exists(index_path), "%s holds neither %s.safetensors nor %s.safetensors.index.json", directory, name, name);
+    bool pickled = file_exists(path_of("%s/pytorch_model.bin", directory)) || file_exists(path_of("%s/pytorch_model.bin.index.json", directory));
+    CHECK(file_exists(index_path), "%s holds neither %s.safetensors nor %s.safetensors.index.json%s", directory, name, name,
+          pickled ? "; load and save_pretrained its pytorch_model.bin once with transformers, which writes them" : "");
     Json *index = read_json(index_path);
     const Json *map = json_get(index, "weight_map");
     CHECK(map && map->type == JSON_OBJECT, "%s lacks \"weight_map\"", index_path);
@@ -1495,7 +1498,8 @@ void config_save(const Config *c, const char *path, Dtype dtype, int end_id) {
             c->qkv_bias ? "true" : "false");
     fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"initializer_range\": 0.02,\n  \"use_cache\": true,\n  \"torch_dtype\": \"%s\",\n",
             c->tied ? "true" : "false", dtype_name);
-    fprintf(f, "  \"eos_token_id\": %d\n}\n", end_id);
+    if (end_id < 0) fprintf(f, "  \"eos_token_id\": null\n}\n");
+    else fprintf(f, "  \"eos_token_id\": %d\n}\n", end_id);
     close_file(f, path);
 }
 
@@ -1509,9 +1513,10 @@ void model_load(Model *m, const char *directory) {
     safetensors_close(&stored);
 }
 
-// model.safetensors, or above 5 GB several files and their index, as transformers writes them.
+// model.safetensors, or above 5 GB several files and their index, as transformers writes them. (A variable, because tests make it small.)
+static size_t largest_file_bytes = 5000000000u;
 void model_save(const Model *m, const char *directory, Dtype dtype) {
-    const size_t most = 5000000000u;
+    const size_t most = largest_file_bytes;
     const TensorTable *t = &m->table;
     Block block = {"", m->params_memory};
     if (t->num_params * dtype_bytes(dtype) <= most) {
@@ -1847,7 +1852,7 @@ int parse_options(const Option *table, unsigned command, int argc, char **argv, 
     return num_words;
 }
 
-enum { COMMAND_TRAIN = 1, COMMAND_GENERATE = 2, COMMAND_INFO = 4 };
+enum { COMMAND_TRAIN = 1, COMMAND_GENERATE = 2, COMMAND_INFO = 4, COMMAND_EXPORT = 8 };
 typedef enum { AUTO, ON, OFF } OnOff;
 static const char *const ON_OFF_NAMES[] = {"auto", "on", "off", NULL};
 static const char *const SAVE_DTYPES[] = {"fp32", "bf16", NULL};         // in the order of Dtype
@@ -1880,11 +1885,12 @@ static struct {
 #define T_ COMMAND_TRAIN
 #define G_ COMMAND_GENERATE
 #define I_ COMMAND_INFO
+#define E_ COMMAND_EXPORT
 static const Option OPTIONS[] = {
-    {"model",        T_|G_|I_, OPTION_STRING, &opt.model,        0, NULL, "a preset, a Hugging Face directory, or a run's directory"},
+    {"model",        T_|G_|I_|E_, OPTION_STRING, &opt.model,        0, NULL, "a preset, a Hugging Face directory, or a run's directory"},
     {"data",         T_,       OPTION_STRING, &opt.data,         0, NULL, "training tokens: a file, 'pattern*.bin', or a directory"},
     {"val",          T_,       OPTION_STRING, &opt.val,          0, NULL, "validation tokens; default: val*.bin in the directory --data"},
-    {"out",          T_,       OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs go into this directory"},
+    {"out",          T_|E_,    OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs, or what is exported, go into this directory"},
     {"task",         T_,       OPTION_CHOICE, &opt.task,         0, TRAIN_TASKS, "what the data was prepared for"},
     {"steps",        T_,       OPTION_INT,    &opt.steps,        0, NULL, "updates; 0: as many as --epochs have"},
     {"epochs",       T_,       OPTION_INT,    &opt.epochs,       1, NULL, "passes over the data"},
@@ -1910,7 +1916,7 @@ static const Option OPTIONS[] = {
     {"sample-every", T_,       OPTION_INT,    &opt.sample_every, 0, NULL, "print a sample every so many updates; 0: never"},
     {"save-every",   T_,       OPTION_INT,    &opt.save_every,   0, NULL, "save every so many updates, and at the end; 0: only there"},
     {"keep",         T_,       OPTION_INT,    &opt.keep,         0, NULL, "checkpoints to keep; the oldest are deleted; 0: keep all"},
-    {"save-dtype",   T_,       OPTION_CHOICE, &opt.save_dtype,   0, SAVE_DTYPES, "number format of saved weights"},
+    {"save-dtype",   T_|E_,    OPTION_CHOICE, &opt.save_dtype,   0, SAVE_DTYPES, "number format of saved weights"},
     {"resume",       T_,       OPTION_FLAG,   &opt.resume,       0, NULL, "go on from the newest checkpoint in --out"},
     {"log-every",    T_,       OPTION_INT,    &opt.log_every,    1, NULL, "print their mean loss every so many updates; log.jsonl has all"},
     {"prompt",       G_,       OPTION_STRING, &opt.prompt,       0, NULL, "text to continue; <|im_start|> is special; default: stdin"},
@@ -2059,6 +2065,7 @@ void make_directory(const char *path) {                          // and the ones
 typedef struct {
     Model model;
     Tokenizer *tokenizer;
+    const char *tokenizer_files;     // the directory that it comes from, if it has come with the model
     Loader train, val;
     bool has_val;
     Dpo dpo;                         // --task dpo; the arrays are reference of training and validation data
@@ -2091,6 +2098,43 @@ void trainer_json(const Run *run, const char *path) {
     close_file(f, path);
 }
 
+// Tokenizer files for transformers. Those of the directory `from` are taken as they are, so that a model keeps its chat template; where it
+// has none (NULL, or Qwen v1's qwen.tiktoken, which needs code of its own) they are made from t.
+void save_tokenizer(const Tokenizer *t, const char *from, const char *to) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+                                        "special_tokens_map.json", "chat_template.jinja", NULL};
+    bool whole = from && file_exists(path_of("%s/%s", from, names[1])) &&
+                 (file_exists(path_of("%s/%s", from, names[0])) || file_exists(path_of("%s/%s", from, names[2])));
+    if (!whole) tokenizer_save_hf(t, to);
+    for (int i = 0; whole && names[i]; i++) {
+        const char *path = path_of("%s/%s", from, names[i]);
+        if (!file_exists(path)) continue;
+        size_t size;
+        char *data = read_file(path, &size);
+        path = path_of("%s/%s", to, names[i]);
+        FILE *f = create_file(path);
+        fwrite(data, 1, size, f);
+        close_file(f, path);
+        free(data);
+    }
+}
+
+// Configuration, weights and tokenizer for transformers. t may be NULL: no tokenizer.
+void save_model(const Model *m, const Tokenizer *t, const char *tokenizer_from, int end_id, const char *to, Dtype dtype) {
+    config_save(&m->config, path_of("%s/config.json", to), dtype, end_id);
+    if (t) {
+        const char *path = path_of("%s/generation_config.json", to);
+        FILE *f = create_file(path);
+        fprintf(f,
+                "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n"
+                "  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
+                t->im_end, t->endoftext, t->endoftext, opt.temperature, opt.top_p);
+        close_file(f, path);
+        save_tokenizer(t, tokenizer_from, to);
+    }
+    model_save(m, to, dtype);
+}
+
 // out/step_NNNNNNNN, a Hugging Face directory with AdamW's moments (and fp32 weights, if the saved ones are bf16) and trainer.json beside.
 // It is written under another name, flushed to the disk and renamed: a kill or a full disk leaves the checkpoints before it whole.
 void save_checkpoint(Run *run) {
@@ -2105,17 +2149,8 @@ void save_checkpoint(Run *run) {
     snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
     delete_directory(unfinished);
     make_directory(unfinished);
-    int end_id = (int)run->train.shards[0].header->end_id;
-    config_save(&m->config, path_of("%s/config.json", unfinished), dtype, end_id);
-    const char *path = path_of("%s/generation_config.json", unfinished);
-    FILE *f = create_file(path);
-    fprintf(f,
-            "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n"
-            "  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
-            run->tokenizer->im_end, run->tokenizer->endoftext, run->tokenizer->endoftext, opt.temperature, opt.top_p);
-    close_file(f, path);
-    tokenizer_save_hf(run->tokenizer, unfinished);
-    model_save(m, unfinished, dtype);
+    save_model(m, run->tokenizer, run->last_saved[0] ? run->last_saved : run->tokenizer_files, (int)run->train.shards[0].header->end_id,
+               unfinished, dtype);
     Block blocks[] = {{"m.", m->m_memory}, {"v.", m->v_memory}, {"master.", m->params_memory}};
     write_safetensors(path_of("%s/optimizer.safetensors", unfinished), &m->table, 0, m->table.count, blocks, dtype == F32 ? 2 : 3, F32);
     trainer_json(run, path_of("%s/trainer.json", unfinished));
@@ -2330,16 +2365,28 @@ void make_default_data(void) {
     CHECK(system("make -s tiny_baike") == 0 && file_exists(DEFAULT_DATA "/train.bin"), "'make tiny_baike' failed; its message is above");
 }
 
+bool has_tokenizer(const char *directory) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer.bin", "qwen.tiktoken", "vocab.json", NULL};
+    for (int i = 0; names[i]; i++) if (file_exists(path_of("%s/%s", directory, names[i]))) return true;
+    return false;
+}
+
+// Special tokens are those that the directory's tokenizer names; qwen.tiktoken comes with Qwen v1, whose own are others.
+Tokenizer *model_tokenizer(const char *directory) {
+    Tokenizer *t = tokenizer_load(directory);
+    bool v1_only = !file_exists(path_of("%s/tokenizer.json", directory)) && file_exists(path_of("%s/qwen.tiktoken", directory));
+    if (v1_only) tokenizer_use_specials(t, "v1");
+    return t;
+}
+
 // The tokenizer that made the data stands beside it; else the model's own is used. All must agree.
 Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
     const char *slash = strrchr(shard->path, '/');
     const char *beside = path_of("%.*stokenizer.bin", slash ? (int)(slash + 1 - shard->path) : 0, shard->path);
-    bool model_has_one =
-        checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint)) ||
-                       file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
+    bool model_has_one = checkpoint && has_tokenizer(checkpoint);
     const char *from = model_has_one ? checkpoint : file_exists(beside) ? beside : "dev/data/qwen.bin";
     CHECK(file_exists(from), "no tokenizer for %s: there is none beside it, none with the model, and no %s here", shard->path, from);
-    Tokenizer *t = tokenizer_load(from);
+    Tokenizer *t = model_has_one ? model_tokenizer(from) : tokenizer_load(from);
     CHECK(t->hash == shard->header->tokenizer_hash, "%s was not made with the tokenizer of %s; prepare it again, with --tokenizer %s",
           shard->path, from, from);
     if (checkpoint && !model_has_one) printf("note: %s has no tokenizer files; taking the data's for the model's\n", checkpoint);
@@ -2425,6 +2472,7 @@ void run_open(Run *run) {
     Config config = opt.resume ? config_load(path_of("%s/config.json", checkpoint), NULL) : config_of_model(opt.model, &checkpoint);
     CHECK(loader_find(&run->train, opt.data, "train") > 0, "--data %s: no such token files; make some with ./prepare", opt.data);
     run->tokenizer = open_tokenizer(&run->train.shards[0], checkpoint);
+    run->tokenizer_files = checkpoint;
     if (config.V == 0) config.V = (run->tokenizer->vocab_size + 63) / 64 * 64;
     CHECK(opt.seq <= config.max_T, "--seq %ld is longer than the model's %d positions", opt.seq, config.max_T);
     CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
@@ -2646,7 +2694,7 @@ void train(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 14. info, generate, main
+// SECTION 14. info, generate, export, main
 
 void print_info(void) {
     const char *checkpoint;
@@ -2735,16 +2783,39 @@ void generate_text(void) {
     printf("\n");
 }
 
+// Any model that this program reads, as a directory that transformers reads without code of the model's own.
+void export_model(void) {
+    const char *checkpoint;
+    if (opt.model[0] == 0) DIE("export: name a model with --model and a new directory with --out");
+    CHECK(find_preset(opt.model) == NULL, "--model %s is a preset without weights; name a checkpoint", opt.model);
+    CHECK(!file_exists(opt.out), "--out %s exists; export writes a new directory", opt.out);
+    config_of_model(opt.model, &checkpoint);
+    Model m = {};
+    model_load(&m, checkpoint);
+    Tokenizer *t = has_tokenizer(checkpoint) ? model_tokenizer(checkpoint) : NULL;
+    const char *unfinished = path_of("%s.unfinished", opt.out);
+    delete_directory(unfinished);
+    make_directory(unfinished);
+    save_model(&m, t, checkpoint, !t ? -1 : t->im_end >= 0 ? t->im_end : t->endoftext, unfinished, (Dtype)opt.save_dtype);
+    sync_directory(unfinished);
+    CHECK(rename(unfinished, opt.out) == 0, "cannot rename %s to %s: %s", unfinished, opt.out, strerror(errno));
+    printf("wrote %s: %.1fM parameters in %s%s\n", opt.out, (double)m.table.num_params / 1e6, SAVE_DTYPES[opt.save_dtype],
+           t ? "" : "; the model has no tokenizer files");
+}
+
 void print_help(void) {
     printf(PROGRAM " trains Qwen language models.\n\n"
            "  ./" PROGRAM " [train] [options]     train; without options a small model on a Chinese corpus\n"
            "  ./" PROGRAM " generate [options]    continue a text with a trained model\n"
-           "  ./" PROGRAM " info [options]        parameters, FLOPs, memory\n\nOptions of train (defaults in brackets):\n");
+           "  ./" PROGRAM " info [options]        parameters, FLOPs, memory\n"
+           "  ./" PROGRAM " export [options]      write a model as a Hugging Face directory\n\nOptions of train (defaults in brackets):\n");
     print_options(OPTIONS, COMMAND_TRAIN);
     printf("\nOptions of generate:\n");
     print_options(OPTIONS, COMMAND_GENERATE);
     printf("\nOptions of info:\n");
     print_options(OPTIONS, COMMAND_INFO);
+    printf("\nOptions of export:\n");
+    print_options(OPTIONS, COMMAND_EXPORT);
     printf("\nPresets:");
     for (int i = 0; i < NUM_PRESETS; i++) printf(" %s", PRESETS[i].name);
     printf("\n");
@@ -2776,8 +2847,11 @@ int main(int argc, char **argv) {
     } else if (strcmp(command, "info") == 0) {
         parse_options(OPTIONS, COMMAND_INFO, argc, argv, 2, NULL);
         print_info();
+    } else if (strcmp(command, "export") == 0) {
+        parse_options(OPTIONS, COMMAND_EXPORT, argc, argv, 2, NULL);
+        export_model();
     } else {
-        DIE("unknown command '%s'; there are train, generate and info, and --help", command);
+        DIE("unknown command '%s'; there are train, generate, info and export, and --help", command);
     }
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write the output: %s", strerror(errno));
     return 0;

@@ -190,12 +190,39 @@ void test_dpo_rows(void) {
     check_fails("a chosen answer without a rejected one", open_short, path_of("%s:20", path), "ends with a chosen answer that has no rejected one");
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Several files
+
+void test_shards(void) {
+    Model m = {}, again = {};
+    model_load(&m, FIXTURES "/qwen3");
+    largest_file_bytes = 9000;
+    const char *directory = path_of("%s/shards", scratch);
+    make_directory(directory);
+    config_save(&m.config, path_of("%s/config.json", directory), F32, 3);
+    model_save(&m, directory, F32);
+    largest_file_bytes = 5000000000u;
+    StoredTensors s = safetensors_open(directory, "model");
+    int files = 0;
+    for (int i = 0; i < s.count; i++) files += i == 0 || strcmp(s.list[i].path, s.list[i - 1].path) != 0;
+    struct stat st;
+    bool small = true;
+    for (int i = 0; i < s.count; i++) small = small && stat(s.list[i].path, &st) == 0 && st.st_size < 9000 + 4096;
+    safetensors_close(&s);
+    model_load(&again, directory);
+    check(files > 3 && small && memcmp(m.params_memory, again.params_memory, m.table.num_params * sizeof(float)) == 0,
+          "a model in %d files and an index: the same weights", files);
+    delete_directory(directory);
+    model_free(&m), model_free(&again);
+}
+
 int main(void) {
     snprintf(scratch, sizeof scratch, "/tmp/test_align_XXXXXX");
     CHECK(mkdtemp(scratch) != NULL, "no temporary directory");
     test_dpo_loss("qwen2"), test_dpo_loss("qwen3");
     test_dpo_steps("qwen2"), test_dpo_steps("qwen3");
     test_dpo_rows();
+    test_shards();
     delete_directory(scratch);
     return verdict();
 }

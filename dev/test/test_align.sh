@@ -76,5 +76,19 @@ says "sft: three epochs, validation" '^validation loss' $sft --epochs 3 --val "$
 says "sft: what is cut and dropped is said" 'documents have no answer within 15 tokens and are dropped' $sft --seq 14 --steps 2 --out "$dir/f"
 fails "sft: nothing fits" "documents has an answer within 2 tokens; a larger --seq may help" $sft --seq 1
 
+# the scripts of whole runs, on samples
+script="env TRAIN=./train_qwen TOKENIZER=data/tiny_baike/tokenizer.bin VAL_FRACTION=0.1 BATCH=2 ACCUM=2 SEQ=96 WARMUP=1 SAVE_DTYPE=fp32"
+says "sft_mini_llm.sh" '^validation loss' $script EPOCHS=2 MODEL="$dir/base" FILES="$dir/chats.jsonl" DATA="$dir/script_sft" OUT="$dir/script_sft_out" \
+    sh dev/scripts/sft_mini_llm.sh
+says "dpo_mini_llm.sh" '^validation loss .* accuracy' $script EPOCHS=2 MODEL="$dir/script_sft_out" FILES="$dir/pairs.jsonl" DATA="$dir/script_dpo" \
+    OUT="$dir/script_dpo_out" sh dev/scripts/dpo_mini_llm.sh
+
+# export
+says "export" '^wrote .*/exported: 2.0M parameters in bf16$' ./train_qwen export --model "$dir/a" --out "$dir/exported" --save-dtype bf16
+says "export: its tokenizer goes along" '^长江' ./train_qwen generate --model "$dir/exported" --prompt 长江 --max-tokens 3
+fails "export over something" "exists; export writes a new directory" ./train_qwen export --model "$dir/a" --out "$dir/exported"
+fails "export of nothing" "name a model with --model" ./train_qwen export --out "$dir/x"
+fails "export of a preset" "is a preset without weights" ./train_qwen export --model tiny --out "$dir/x"
+
 echo "passed $passed, failed $failed, skipped 0"
 [ $failed -eq 0 ]

@@ -294,17 +294,28 @@ enum { NUM_PRESETS = sizeof PRESETS / sizeof PRESETS[0] };
 // Vectors are those of GCC and Clang: + - * work on all elements, and the compiler picks the instructions.
 
 // VL: floats in a vector. MR: rows of C that the micro-kernel keeps in registers, two vectors each; a few registers are left for B and A.
+// LOW_HALVES takes elements of the first halves of two vectors in turn, HIGH_HALVES of the second halves.
 #if defined(__AVX512F__)
 enum { VL = 16, MR = 14 };       // 28 of 32 registers
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 enum { VL = 8, MR = 6 };         // 12 of 16
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #else
-enum { VL = 4, MR = 6 };         // 12 of 16 (SSE2), of 32 (NEON)
+#ifdef __ARM_NEON
+enum { VL = 4, MR = 8 };         // 16 of 32
+#else
+enum { VL = 4, MR = 4 };         // 8 of 16
+#endif
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
 #endif
 enum {
     NR = 2 * VL,                 // columns of C in the micro-kernel
     KC = 256,                    // depth of a block: a panel of B (KC, NR) stays in the L1 cache
-    MC = 12 * MR,                // rows of A (MC, KC) that stay in the L2 cache meanwhile
+    MC = (96 + MR - 1) / MR * MR,    // rows of A (MC, KC) that stay in the L2 cache meanwhile
     NC = 512,                    // columns of B that are packed at a time
 };
 typedef float vec __attribute__((vector_size(VL * 4)));
@@ -312,9 +323,11 @@ typedef int32_t veci __attribute__((vector_size(VL * 4)));
 typedef float vec_at __attribute__((vector_size(VL * 4), aligned(4), may_alias));    // a vector anywhere in memory
 
 #ifdef __CUDACC__
-#define UNROLL               // nvcc does not know the pragma of the host compiler
+#define UNROLL               // nvcc does not know the pragmas of the host compiler
+#define UNROLL_4
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 // A matrix somewhere in memory: element (i, j) is data[i * row + j * col]. Transposing swaps row and col.
@@ -323,20 +336,19 @@ View view(const float *data, ptrdiff_t row, ptrdiff_t col) { View v = {data, row
 
 typedef enum { OVERWRITE, ACCUMULATE } WriteMode;
 
-// c (m, n) = or += a (m, kc) b (kc, n), m <= MR, n <= NR. b is packed: row k is b[k * NR ..]. Always MR * NR sums of the same
-// order, so that an element of C doesn't depend on where its tile begins; at the border the surplus is dropped.
-void micro_kernel(float *c, ptrdiff_t ldc, View a, const float *b, int kc, int m, int n, WriteMode mode) {
+// c (m, n) = or += a (m, kc) b (kc, n), m <= MR, n <= NR. Both are packed: column k of a is a[k * MR ..], row k of b is b[k * NR ..].
+// Always MR * NR sums of the same order, so that an element of C doesn't depend on where its tile begins; at the border the surplus is
+// dropped. C is asked for first, as it comes from far away and is needed last.
+void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int kc, int m, int n, WriteMode mode) {
     vec sum[MR][2];
     UNROLL
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
-    for (int k = 0; k < kc; k++, b += NR) {
+    for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + n - 1, 1);
+    UNROLL_4
+    for (int k = 0; k < kc; k++, a += MR, b += NR) {
         vec b0 = *(const vec_at *)b, b1 = *(const vec_at *)(b + VL);
         UNROLL
-        for (int i = 0; i < MR; i++) {
-            float x = a.data[i * a.row + k * a.col];
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
-        }
+        for (int i = 0; i < MR; i++) sum[i][0] += a[i] * b0, sum[i][1] += a[i] * b1;
     }
     float border[MR][NR];
     bool whole = m == MR && n == NR;
@@ -351,18 +363,42 @@ void micro_kernel(float *c, ptrdiff_t ldc, View a, const float *b, int kc, int m
         for (int j = 0; j < n; j++) c[i * ldc + j] = mode == ACCUMULATE ? c[i * ldc + j] + border[i][j] : border[i][j];
 }
 
-// out[k * width + w] = from(w, k): a panel of `count` (at most width) rows or columns, side by side for each k, then zeros.
-void pack_panel(float *out, View from, int count, int width, int kc) {
-    if (from.row == 1 && count == width) {
-        for (int k = 0; k < kc; k++) memcpy(out + (ptrdiff_t)k * width, from.data + k * from.col, sizeof(float) * (size_t)width);
-        return;
-    }
-    if (count < width) memset(out, 0, sizeof(float) * (size_t)kc * (size_t)width);
-    for (int k0 = 0; k0 < kc; k0 += 16) {                        // 16 k at a time: whole cache lines are read and written
-        int k1 = k0 + 16 < kc ? k0 + 16 : kc;
-        for (int w = 0; w < count; w++)
-            for (int k = k0; k < k1; k++) out[(ptrdiff_t)k * width + w] = from.data[w * from.row + k * from.col];
-    }
+// out[k * width + w] = from(w, k), w < count <= width, k < kc; zeros for the other w. Whole panels are copied by vectors: rows of the panel
+// that lie side by side as they are, others VL x VL at a time through registers: interleaving row i with row i + VL / 2 moves each element's
+// index bits (row, column) round by one, so after log2(VL) times row and column have changed places. A panel narrower than a vector is
+// written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
+#if defined(__GNUC__)
+__attribute__((always_inline))                                   // so that width is a constant
+#endif
+static inline void pack_panel(float *out, View from, int count, int width, int kc) {
+    int k = 0;
+    if (from.row == 1 && count == width)
+        for (; k < kc - 1; k++)                                  // (a narrow panel's last row could end with the memory)
+            for (int w = 0; w < width; w += VL) *(vec_at *)(out + k * width + w) = *(const vec_at *)(from.data + k * from.col + w);
+#if defined(__has_builtin) && !defined(__CUDACC__)
+#if __has_builtin(__builtin_shufflevector)
+    if (from.col == 1 && count == width)
+        for (; k + VL <= kc; k += VL)
+            for (int w0 = 0; w0 < width; w0 += VL) {
+                vec rows[VL], next[VL];
+                UNROLL
+                for (int i = 0; i < VL; i++) rows[i] = *(const vec_at *)(from.data + (w0 + i < width ? w0 + i : 0) * from.row + k);
+                for (int times = 1; times < VL; times *= 2) {
+                    UNROLL
+                    for (int i = 0; i < VL / 2; i++) {
+                        next[2 * i] = __builtin_shufflevector(rows[i], rows[i + VL / 2], LOW_HALVES);
+                        next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + VL / 2], HIGH_HALVES);
+                    }
+                    UNROLL
+                    for (int i = 0; i < VL; i++) rows[i] = next[i];
+                }
+                UNROLL
+                for (int i = 0; i < VL; i++) *(vec_at *)(out + (k + i) * width + w0) = rows[i];
+            }
+#endif
+#endif
+    for (; k < kc; k++)
+        for (int w = 0; w < width; w++) out[k * width + w] = w < count ? from.data[w * from.row + k * from.col] : 0;
 }
 
 // A buffer of the calling thread, kept for its next call; 64-byte aligned. Slots are used independently.
@@ -379,10 +415,9 @@ float *thread_buffer(int slot, size_t floats) {
 }
 enum { BUFFER_A, BUFFER_B, BUFFER_ATTENTION, BUFFER_ROW };
 
-// C (M, N) = or += A (M, K) B (K, N), on the calling thread. Blocks of B are packed so that the micro-kernel reads them in order;
-// A is read where it is when its rows are contiguous (col == 1), else packed as well.
+// C (M, N) = or += A (M, K) B (K, N), on the calling thread. Blocks of both are packed, so that the micro-kernel reads them in order.
 void gemm_block(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMode mode) {
-    float *packed_a = thread_buffer(BUFFER_A, (size_t)MC * KC), *packed_b = thread_buffer(BUFFER_B, (size_t)NC * KC);
+    float *packed_a = thread_buffer(BUFFER_A, (size_t)MC * KC + VL), *packed_b = thread_buffer(BUFFER_B, (size_t)NC * KC);
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
             int nc = N - j0 < NC ? N - j0 : NC, kc = K - k0 < KC ? K - k0 : KC;
@@ -391,18 +426,15 @@ void gemm_block(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, Wr
                 pack_panel(packed_b + (ptrdiff_t)j * kc, columns, nc - j < NR ? nc - j : NR, NR, kc);
             }
             for (int i0 = 0; i0 < M; i0 += MC) {
-                int mc = M - i0 < MC ? M - i0 : MC, in_place = A.col == 1 ? mc / MR * MR : 0;
-                for (int i = in_place; i < mc; i += MR) {
+                int mc = M - i0 < MC ? M - i0 : MC;
+                for (int i = 0; i < mc; i += MR) {
                     View rows = {A.data + (i0 + i) * A.row + k0 * A.col, A.row, A.col};
                     pack_panel(packed_a + (ptrdiff_t)i * kc, rows, mc - i < MR ? mc - i : MR, MR, kc);
                 }
                 for (int j = 0; j < nc; j += NR)
-                    for (int i = 0; i < mc; i += MR) {
-                        View a = {packed_a + (ptrdiff_t)i * kc, 1, MR};
-                        if (i < in_place) a = view(A.data + (i0 + i) * A.row + k0, A.row, 1);
-                        micro_kernel(C + (i0 + i) * ldc + j0 + j, ldc, a, packed_b + (ptrdiff_t)j * kc, kc,
+                    for (int i = 0; i < mc; i += MR)
+                        micro_kernel(C + (i0 + i) * ldc + j0 + j, ldc, packed_a + (ptrdiff_t)i * kc, packed_b + (ptrdiff_t)j * kc, kc,
                                      mc - i < MR ? mc - i : MR, nc - j < NR ? nc - j : NR, k0 > 0 ? ACCUMULATE : mode);
-                    }
             }
         }
     if (K == 0 && mode == OVERWRITE)
@@ -420,7 +452,7 @@ void gemm(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMod
         if (threads % q != 0) continue;
         int down = threads / q;
         double m = (row_tiles + down - 1) / down * MR, n = (column_tiles + q - 1) / q * NR;
-        double work = m * n + 30 * n + (A.col == 1 ? 0 : 30 * m);        // packing an element costs about 30 multiply-adds
+        double work = m * n + 10 * (m * ceil(n / NC) + n);       // packing an element costs about 10 multiply-adds
         if (work < least) least = work, across = q;
     }
     #pragma omp parallel for
@@ -1610,7 +1642,7 @@ double machine_peak_flops(void) {
         memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
         for (int run = 0; run < 10; run++) {
             double begin = now_s();
-            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
+            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, a, b, KC, MR, NR, ACCUMULATE);
             double rate = 2000.0 * 2 * MR * NR * KC / (now_s() - begin);
             if (rate > best) best = rate;
         }

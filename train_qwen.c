@@ -239,11 +239,14 @@ TensorTable tensor_table(const Config *c) {
 
 // Points all fields into memory of num_params floats, in the order of the table. Absent tensors become NULL.
 #define AS_POINTER(field, rows, cols, ...) fields->field = (rows) > 0 ? memory : NULL; memory += (size_t)(rows) * (size_t)(cols);
+float *layer_point(LayerParams *fields, const Config *c, float *memory) {
+    LAYER_TENSORS(AS_POINTER)
+    return memory;
+}
 void params_point(Params *p, const Config *c, float *memory) {
-    Params *model = p;
-    {   Params *fields = model; MODEL_TENSORS(AS_POINTER) }
+    {   Params *fields = p; MODEL_TENSORS(AS_POINTER) }
     if (!p->layers) p->layers = (LayerParams *)xcalloc((size_t)c->L, sizeof(LayerParams));
-    for (int l = 0; l < c->L; l++) { LayerParams *fields = &p->layers[l]; LAYER_TENSORS(AS_POINTER) }
+    for (int l = 0; l < c->L; l++) memory = layer_point(&p->layers[l], c, memory);
     p->head = c->tied ? p->wte : p->lm_head;
 }
 
@@ -801,7 +804,7 @@ void swiglu_backward(float *dgate_up, const float *dact, const float *gate_up, i
 //    logits = h head^T,   losses[n] = log(sum(exp(logits))) - logits[target] = -log p(target)
 // With dh, the gradient goes back at once: dlogits = (softmax - onehot(target)) * weights[n] * scale, in the place of logits, then
 //    dh (N, C) = dlogits head,   dhead (V, C) += dlogits^T h
-// Every task is this loss; tasks differ in the weights. dh = dhead = NULL computes the losses only.
+// Every task is this loss; tasks differ in the weights. dh = dhead = NULL computes the losses only, dhead = NULL leaves the head alone.
 enum { CLASSIFIER_ROWS = 256 };
 void classifier(float *losses, float *dh, float *dhead, const float *h, const float *head, const int *targets, const float *weights,
                 float scale, float *logits, int N, int C, int V) {
@@ -820,7 +823,7 @@ void classifier(float *losses, float *dh, float *dhead, const float *h, const fl
         }
         if (!dh) continue;
         gemm(dh + (size_t)n0 * C, C, view(logits, V, 1), view(head, C, 1), rows, C, V, OVERWRITE);
-        gemm(dhead, C, view(logits, 1, V), view(h_block, C, 1), V, C, rows, ACCUMULATE);
+        if (dhead) gemm(dhead, C, view(logits, 1, V), view(h_block, C, 1), V, C, rows, ACCUMULATE);
     }
 }
 
@@ -928,9 +931,114 @@ typedef struct {
     Recompute recompute;
     float *rope;                     // (positions, HD / 2, 2): cos, sin
     KVCache cache;                   // of the sequence that machine_decode goes on with
+    struct Lora *lora;               // NULL: all parameters are trained
     struct Dpo *dpo;                 // NULL: the batch brings the loss weights; else they come of its losses, see dpo_weights
     struct Gpu *gpu;                 // train_qwen.cu: the same on the device
 } Model;
+
+// LoRA (Hu et al. 2021): some matrices of the layers are W = base + scale B A, with A (rank, inputs) and B (outputs, rank), and only A and B
+// are trained. No layer knows of it: forward and backward run on W as always, and by the chain rule
+//    dB = scale dW A^T,   dA = scale B^T dW
+// So a layer's gradient is needed only until it has been projected onto its A and B: all layers share the memory for one layer's, and there
+// are moments of A and B only. After each update W is made again, always from the base, which is kept: adding to W the change of B A instead
+// would leave in it the rounding errors of all updates. Embedding, head, norms and biases stay as they are.
+typedef struct { int rank; float alpha; unsigned targets; } LoraOptions;             // targets: bit i for LORA_TARGETS[i]; rank 0: no LoRA
+static const char *const LORA_TARGETS[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};     // PEFT's names
+enum { NUM_LORA_TARGETS = 7, MOST_LORA_RANK = 1024 };
+
+typedef struct { size_t weight, in_layer, base, a, b; int outputs, inputs; } LoraMatrix;     // offsets: of W in the model's parameters and in
+                                                                                 // those of its layer, in Lora.base, of A and B in Lora.memory
+typedef struct Lora {
+    LoraOptions options;
+    float scale;                     // alpha / rank
+    TensorTable table;               // A and B of each matrix, layer by layer, under PEFT's names
+    LoraMatrix *matrices;
+    int count, per_layer;
+    size_t base_floats;
+    float *base;                     // (base_floats): the matrices as they were, one behind the other
+    float *memory, *grads, *m, *v;   // table.num_params each
+} Lora;
+
+// Parameters of one layer.
+size_t layer_floats(const TensorTable *table) {
+    size_t floats = 0;
+    for (int k = 0; k < table->count; k++) if (table->list[k].layer == 0) floats += table->list[k].rows * table->list[k].cols;
+    return floats;
+}
+
+// Without memory, to know the sizes.
+Lora lora_layout(const Config *c, const TensorTable *model, const LoraOptions *o) {
+    Lora lora = {};
+    lora.options = *o, lora.scale = o->alpha / (float)o->rank;
+    size_t first = 0;                                            // the layer's first parameter
+    for (int k = 0, layer = -1; k < model->count; k++) {
+        const TensorInfo *t = &model->list[k];
+        if (t->layer != layer) layer = t->layer, first = t->offset;
+        for (int i = 0; i < NUM_LORA_TARGETS && layer >= 0; i++) {
+            const char *at = strstr(t->name, LORA_TARGETS[i]);
+            if (!(o->targets >> i & 1) || !at || strcmp(at + strlen(LORA_TARGETS[i]), ".weight") != 0) continue;
+            LoraMatrix matrix = {t->offset, t->offset - first, lora.base_floats, lora.table.num_params, 0, (int)t->rows, (int)t->cols};
+            char name[2][96];
+            int stem = (int)(strlen(t->name) - strlen("weight"));
+            for (int j = 0; j < 2; j++) snprintf(name[j], sizeof name[j], "base_model.model.%.*slora_%c.weight", stem, t->name, "AB"[j]);
+            table_add(&lora.table, -1, o->rank, (int)t->cols, DECAY, NORMAL, name[0], "");
+            matrix.b = lora.table.num_params;
+            table_add(&lora.table, -1, (int)t->rows, o->rank, DECAY, ZEROS, name[1], "");
+            lora.matrices = (LoraMatrix *)xrealloc(lora.matrices, (size_t)(lora.count + 1) * sizeof(LoraMatrix));
+            lora.matrices[lora.count++] = matrix;
+            lora.base_floats += t->rows * t->cols;
+        }
+    }
+    lora.per_layer = lora.count / c->L;
+    return lora;
+}
+void lora_free(Lora *lora) {
+    free(lora->table.list), free(lora->matrices), free(lora->base), free(lora->memory), free(lora->grads), free(lora->m), free(lora->v);
+}
+
+// Gives the model adapters that change nothing yet: A is uniform in +-1 / sqrt(inputs), as PEFT begins, and B is 0.
+void lora_attach(Model *m, const LoraOptions *o, uint64_t seed) {
+    Lora *lora = m->lora = (Lora *)xmalloc(sizeof(Lora));
+    *lora = lora_layout(&m->config, &m->table, o);
+    lora->memory = (float *)xcalloc(lora->table.num_params, sizeof(float));
+    lora->m = (float *)xcalloc(lora->table.num_params, sizeof(float)), lora->v = (float *)xcalloc(lora->table.num_params, sizeof(float));
+    for (int k = 0; k < lora->count; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        for (size_t i = x->a; i < x->b; i++) lora->memory[i] = (float)(2 * random_uniform(seed, i) - 1) / sqrtf((float)x->inputs);
+    }
+}
+
+// W = base + scale B A, for all adapted matrices. The first call takes what is in W for the base.
+void lora_merge(Model *m) {
+    Lora *lora = m->lora;
+    int rank = lora->options.rank;
+    bool first = lora->base == NULL;
+    if (first) lora->base = (float *)xmalloc(lora->base_floats * sizeof(float));
+    for (int k = 0; k < lora->count; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        float *W = m->params_memory + x->weight, *base = lora->base + x->base;
+        size_t bytes = (size_t)x->outputs * (size_t)x->inputs * sizeof(float), b_count = (size_t)x->outputs * (size_t)rank;
+        float *scaled_b = (float *)xmalloc(b_count * sizeof(float));
+        for (size_t i = 0; i < b_count; i++) scaled_b[i] = lora->scale * lora->memory[x->b + i];
+        memcpy(first ? base : W, first ? W : base, bytes);
+        gemm(W, x->inputs, view(scaled_b, rank, 1), view(lora->memory + x->a, x->inputs, 1), x->outputs, x->inputs, rank, ACCUMULATE);
+        free(scaled_b);
+    }
+}
+
+// Adds layer l's part of the gradient to those of its A and B, and sets the memory that the layers share to zero for the next one. What is in
+// it has the factor `scale` already, from model_loss.
+void lora_backward(Model *m, int l) {
+    Lora *lora = m->lora;
+    int rank = lora->options.rank;
+    for (int k = l * lora->per_layer; k < (l + 1) * lora->per_layer; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        const float *dW = m->grads_memory + x->in_layer, *A = lora->memory + x->a, *B = lora->memory + x->b;
+        gemm(lora->grads + x->b, rank, view(dW, x->inputs, 1), view(A, 1, x->inputs), x->outputs, rank, x->inputs, ACCUMULATE);
+        gemm(lora->grads + x->a, x->inputs, view(B, 1, rank), view(dW, x->inputs, 1), rank, x->inputs, x->outputs, ACCUMULATE);
+    }
+    memset(m->grads_memory, 0, layer_floats(&m->table) * sizeof(float));
+}
 
 // x of the next layer = x + attention + MLP, leaving everything in acts. With a cache, the T tokens (of one sequence, B = 1) follow
 // those in the cache.
@@ -1011,8 +1119,11 @@ void model_backward(Model *m, const int *tokens, const int *start, int B, int T)
     const Config *c = &m->config;
     Activations *a = &m->acts;
     rmsnorm_backward(a->dx, m->grads.norm, a->dh, a->x_last, m->params.norm, a->rstd, B * T, 1, c->C, c->C, OVERWRITE);
-    for (int l = c->L - 1; l >= 0; l--) layer_backward(m, l, start, B, T);
-    embedding_backward(m->grads.wte, a->dx, tokens, B * T, c->C);
+    for (int l = c->L - 1; l >= 0; l--) {
+        layer_backward(m, l, start, B, T);
+        if (m->lora) lora_backward(m, l);
+    }
+    if (!m->lora) embedding_backward(m->grads.wte, a->dx, tokens, B * T, c->C);
 }
 
 // Direct preference optimisation (Rafailov et al. 2023). Of a pair of answers to one prompt, log p being the sum over the answer's tokens:
@@ -1072,7 +1183,9 @@ double model_loss(Model *m, const Batch *batch, int B, int T, float scale, Pass 
         classifier(a->losses, NULL, NULL, a->h, m->params.head, batch->targets, batch->weights, 0, a->logits, B * T, c->C, c->V);
     if (m->dpo) sum = dpo_weights(m->dpo, batch, a->losses, B, T);
     if (pass == TRAIN) {
-        classifier(a->losses, a->dh, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale, a->logits, B * T, c->C, c->V);
+        if (m->lora) scale *= m->lora->scale;                    // only A and B are trained, and all of their gradients have this factor
+        classifier(a->losses, a->dh, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale, a->logits, B * T,
+                   c->C, c->V);
         model_backward(m, batch->tokens, batch->start, B, T);
     }
     for (int n = 0; n < B * T && !m->dpo; n++) sum += (double)batch->weights[n] * (double)a->losses[n];
@@ -1101,9 +1214,26 @@ void model_alloc(Model *m, const Config *c) {
 }
 
 void model_alloc_moments(Model *m) {
-    if (m->m_memory) return;
+    if (m->m_memory || m->lora) return;
     m->m_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
     m->v_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
+}
+
+// For LoRA: the gradients of all layers in the same place. That of the last norm, which nobody needs, goes there too.
+void grads_point_shared(Params *grads, const Config *c, float *memory) {
+    grads->layers = (LayerParams *)xcalloc((size_t)c->L, sizeof(LayerParams));
+    for (int l = 0; l < c->L; l++) layer_point(&grads->layers[l], c, memory);
+    grads->norm = memory, grads->wte = grads->lm_head = grads->head = NULL;
+}
+
+// What AdamW updates: the model's parameters, or with LoRA its adapters.
+typedef struct { const TensorTable *table; float *params, *grads, *m, *v; } Trained;
+Trained trained(const Model *m) {
+    const Lora *lora = m->lora;
+    Trained all = {&m->table, m->params_memory, m->grads_memory, m->m_memory, m->v_memory};
+    if (!lora) return all;
+    Trained adapters = {&lora->table, lora->memory, lora->grads, lora->m, lora->v};
+    return adapters;
 }
 
 // Room for (B, T) batches of sequences up to `positions` long, and with TRAIN for gradients and AdamW's moments.
@@ -1114,12 +1244,19 @@ void model_alloc_run(Model *m, int B, int T, int positions, Recompute recompute,
     rope_table(m->rope, positions, m->config.HD, m->config.rope_base);
     if (pass != TRAIN) return;
     model_alloc_moments(m);
-    m->grads_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
-    params_point(&m->grads, &m->config, m->grads_memory);
+    size_t floats = m->lora ? layer_floats(&m->table) : m->table.num_params;
+    m->grads_memory = (float *)xcalloc(floats, sizeof(float));
+    if (m->lora) {
+        m->lora->grads = (float *)xcalloc(m->lora->table.num_params, sizeof(float));
+        grads_point_shared(&m->grads, &m->config, m->grads_memory);
+    } else {
+        params_point(&m->grads, &m->config, m->grads_memory);
+    }
 }
 
 void model_free(Model *m) {
     cache_free(&m->cache);
+    if (m->lora) lora_free(m->lora), free(m->lora);
     free(m->params_memory), free(m->grads_memory), free(m->m_memory), free(m->v_memory), free(m->rope);
     free(m->acts.memory), free(m->acts.layers), free(m->params.layers), free(m->grads.layers), free(m->table.list);
     memset(m, 0, sizeof *m);
@@ -1153,10 +1290,11 @@ typedef struct { float lr, beta1, beta2, eps, weight_decay; } AdamW;
 void adamw_step(Model *model, const AdamW *o, float grad_scale, long step) {
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step)));
     float correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    float *params = model->params_memory, *grads = model->grads_memory, *ms = model->m_memory, *vs = model->v_memory;
+    Trained all = trained(model);
+    float *params = all.params, *grads = all.grads, *ms = all.m, *vs = all.v;
     #pragma omp parallel
-    for (int k = 0; k < model->table.count; k++) {               // every thread goes through all tensors and takes its part of each
-        const TensorInfo *t = &model->table.list[k];
+    for (int k = 0; k < all.table->count; k++) {                 // every thread goes through all tensors and takes its part of each
+        const TensorInfo *t = &all.table->list[k];
         float keep = 1.0f - (t->decay == DECAY ? o->lr * o->weight_decay : 0.0f);
         #pragma omp for simd nowait
         for (size_t i = t->offset; i < t->offset + t->rows * t->cols; i++) {
@@ -1362,7 +1500,7 @@ void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, 
         const char *own = v1_names ? t->name_v1 : t->name;
         snprintf(name, sizeof name, "%s%s", prefix, own);
         StoredTensor *stored = safetensors_find(s, name);
-        CHECK(stored, "%s: tensor %s is missing; the weights don't belong to this config.json", from, name);
+        CHECK(stored, "%s: tensor %s is missing; these weights don't belong to this model", from, name);
         size_t rows = 0, elements = 0;                           // of all lines of the table that share the stored tensor
         for (int j = 0; j < table->count; j++) {
             const TensorInfo *other = &table->list[j];
@@ -1372,7 +1510,7 @@ void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, 
                                  : stored->num_dims == 2 && stored->shape[0] == rows && stored->shape[1] == t->cols;
         char found[64], needed[64];
         CHECK(stored->num_dims <= 2, "%s: tensor %s has %d dimensions, at most 2 were expected", from, name, stored->num_dims);
-        CHECK(fits, "%s: tensor %s has shape %s, config.json needs %s", from, name,
+        CHECK(fits, "%s: tensor %s has shape %s, the model needs %s", from, name,
               shape_text(found, stored->num_dims == 1, stored->shape[0], stored->num_dims == 1 ? 1 : stored->shape[1]),
               shape_text(needed, t->is_vector, t->is_vector ? elements : rows, t->is_vector ? 1 : t->cols));
         read_elements(stored, memory + t->offset, t->rows * t->cols);
@@ -1535,14 +1673,103 @@ void config_save(const Config *c, const char *path, Dtype dtype, int end_id) {
     close_file(f, path);
 }
 
-// Weights of a Hugging Face directory, in fp32, whatever they are stored in.
+// A hash of all weights, whatever the number of threads.
+uint64_t weights_fingerprint(const Model *m) {
+    uint64_t sum = 0;
+    #pragma omp parallel for reduction(+:sum)
+    for (size_t i = 0; i < m->table.num_params; i++) sum += mix64(mix64(i) ^ float_bits(m->params_memory[i]));
+    return sum;
+}
+
+// A LoRA adapter is a directory as PEFT writes it: adapter_config.json, which names the model that it belongs to, and
+// adapter_model.safetensors. It may stand wherever a model's directory may, and means that model with the adapter merged.
+bool is_adapter(const char *directory) {
+    return file_exists(path_of("%s/adapter_config.json", directory)) && !file_exists(path_of("%s/config.json", directory));
+}
+
+// Its base model's directory, and its options. What this program cannot merge is refused by its key.
+const char *adapter_config(const char *directory, LoraOptions *options) {
+    const char *path = path_of("%s/adapter_config.json", directory);
+    Json *json = read_json(path);
+    const Json *type = json_get(json, "peft_type"), *base = json_get(json, "base_model_name_or_path"), *names = json_get(json, "target_modules");
+    CHECK(type && type->type == JSON_STRING && strcmp(type->text, "LORA") == 0, "%s: \"peft_type\" is not LORA", path);
+    CHECK(base && base->type == JSON_STRING, "%s lacks \"base_model_name_or_path\"", path);
+    CHECK(file_exists(path_of("%s/config.json", base->text)), "%s: \"base_model_name_or_path\" is %s, but there is no model of that name here; "
+          "write the directory of the base model there", path, base->text);
+    static const char *const unknown[] = {"use_rslora", "use_dora", "fan_in_fan_out", "use_qalora", "lora_bias", NULL};
+    for (int i = 0; unknown[i]; i++) CHECK(!config_true(json, path, unknown[i]), "%s: \"%s\" is true; it is not supported", path, unknown[i]);
+    static const char *const lists[] = {"modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", NULL};
+    for (int i = 0; lists[i]; i++) {
+        const Json *list = json_get(json, lists[i]);
+        CHECK(!list || !list->child, "%s: \"%s\" is not empty; it is not supported", path, lists[i]);
+    }
+    options->rank = (int)config_whole(json, path, "r", 1, MOST_LORA_RANK), options->alpha = (float)config_number(json, path, "lora_alpha");
+    options->targets = 0;
+    CHECK(names && names->type == JSON_ARRAY, "%s: \"target_modules\" should be a list", path);
+    for (const Json *name = names->child; name; name = name->next) {
+        int i = 0;
+        while (i < NUM_LORA_TARGETS && name->type == JSON_STRING && strcmp(LORA_TARGETS[i], name->text) != 0) i++;
+        CHECK(name->type == JSON_STRING && i < NUM_LORA_TARGETS, "%s: \"target_modules\" holds %s, which is not supported", path,
+              name->text ? name->text : "what is no name");
+        options->targets |= 1u << i;
+    }
+    return base->text;
+}
+const char *base_directory(const char *directory) {
+    LoraOptions options;
+    return is_adapter(directory) ? adapter_config(directory, &options) : directory;
+}
+Config model_config(const char *directory, bool *v1_names) {
+    return config_load(path_of("%s/config.json", base_directory(directory)), v1_names);
+}
+
+void adapter_save(const Model *m, const char *base, const char *directory) {
+    const LoraOptions *o = &m->lora->options;
+    const char *path = path_of("%s/adapter_config.json", directory);
+    FILE *f = create_file(path);
+    fprintf(f, "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"base_model_name_or_path\": ");
+    json_write_string(f, base, strlen(base));
+    fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"bias\": \"none\",\n  \"target_modules\": [", o->rank,
+            (double)o->alpha);
+    for (int i = 0, some = 0; i < NUM_LORA_TARGETS; i++)
+        if (o->targets >> i & 1) fprintf(f, "%s\"%s\"", some++ ? ", " : "", LORA_TARGETS[i]);
+    fprintf(f, "],\n  \"fan_in_fan_out\": false,\n  \"use_rslora\": false,\n  \"use_dora\": false,\n  \"modules_to_save\": null,\n"
+               "  \"init_lora_weights\": true,\n  \"inference_mode\": true\n}\n");
+    close_file(f, path);
+    Block block = {"", m->lora->memory};
+    const TensorTable *t = &m->lora->table;
+    write_safetensors(path_of("%s/adapter_model.safetensors", directory), t, 0, t->count, &block, 1, F32);
+}
+
+// Into m->lora, of a model with the base's weights. A run of this program left a fingerprint of the base beside the adapter.
+void adapter_load(Model *m, const char *directory) {
+    const char *path = path_of("%s/trainer.json", directory);
+    Json *json = file_exists(path) ? read_json(path) : NULL;
+    const Json *wanted = json ? json_get(json, "base_model") : NULL;
+    CHECK(!wanted || wanted->type != JSON_STRING || strtoull(wanted->text, NULL, 16) == weights_fingerprint(m),
+          "the adapter %s was trained on another base than %s now is", directory, base_directory(directory));
+    json_free(json);
+    StoredTensors stored = safetensors_open(directory, "adapter_model");
+    load_tensors(&stored, directory, &m->lora->table, m->lora->memory, "", false);
+    safetensors_close(&stored);
+}
+
+// Weights of a Hugging Face directory, in fp32, whatever they are stored in; an adapter's are merged.
 void model_load(Model *m, const char *directory) {
     bool v1;
-    Config c = config_load(path_of("%s/config.json", directory), &v1);
+    LoraOptions adapter;
+    const char *base = is_adapter(directory) ? adapter_config(directory, &adapter) : directory;
+    Config c = config_load(path_of("%s/config.json", base), &v1);
     if (!m->params_memory) model_alloc(m, &c);
-    StoredTensors stored = safetensors_open(directory, "model");
-    load_tensors(&stored, directory, &m->table, m->params_memory, "", v1);
+    StoredTensors stored = safetensors_open(base, "model");
+    load_tensors(&stored, base, &m->table, m->params_memory, "", v1);
     safetensors_close(&stored);
+    if (base == directory) return;
+    lora_attach(m, &adapter, 0);
+    adapter_load(m, directory);
+    lora_merge(m);
+    lora_free(m->lora), free(m->lora);
+    m->lora = NULL;
 }
 
 // model.safetensors, or above 5 GB several files and their index, as transformers writes them. (A variable, because tests make it small.)
@@ -1586,18 +1813,19 @@ void model_save(const Model *m, const char *directory, Dtype dtype) {
 // Below are the CPU's answers. train_qwen.cu defines QWEN_GPU and gives the GPU's. On both, params_memory, m_memory and v_memory of a
 // Model are the host's, which load and save them.
 
-// What a training run needs, in bytes: weights (with their fp32 masters), gradients, AdamW's moments, activations.
+// What a training run needs, in bytes: weights (with their fp32 masters, or with LoRA the adapted matrices' bases), gradients, AdamW's
+// moments, activations. LoRA of rank 0 is none.
 typedef struct { double weights, gradients, moments, activations; } MemoryPlan;
-MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute);
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute, const LoraOptions *lora);
 double machine_memory(void);                     // bytes that the machine has, 0: unknown
 double machine_peak_flops(void);                 // what "% of peak" refers to
 const char *machine_text(void);                  // one line about it
 
-// Room for micro-batches of (B, T), updates of `rows` rows and sequences of `positions` tokens. Takes over the host's weights, and with
-// TRAIN its moments.
+// Room for micro-batches of (B, T), updates of `rows` rows and sequences of `positions` tokens. Takes over the host's weights, with TRAIN
+// its moments, and with m->lora the adapters and theirs, merging them.
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass);
 void machine_close(Model *m);                    // frees all of the model, the host's part too
-void machine_download(Model *m);                 // brings weights and moments back to the host
+void machine_download(Model *m);                 // brings weights and moments back to the host, with LoRA those of the adapters
 
 // One update from `rows` rows (micro-batches of m->B each) that have `targets` targets in all, or pairs in DPO: forward, backward, clip,
 // AdamW. Every target counts the same in whatever micro-batch it is. A loss or norm that is not finite changes nothing.
@@ -1612,10 +1840,17 @@ float *machine_decode(Model *m, const int *tokens, int count);                  
 #ifndef QWEN_GPU
 #define PROGRAM "train_qwen"
 #define PRECISION "fp32"
-MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute, const LoraOptions *options) {
     TensorTable table = tensor_table(c);
     double weights = 4.0 * (double)table.num_params;
     MemoryPlan plan = {weights, weights, 2 * weights, 4.0 * (double)activations_floats(c, B, T, recompute, true)};
+    if (options->rank > 0) {
+        Lora lora = lora_layout(c, &table, options);
+        double adapters = 4.0 * (double)lora.table.num_params;
+        plan.weights += 4.0 * (double)lora.base_floats + adapters;
+        plan.gradients = 4.0 * (double)layer_floats(&table) + adapters, plan.moments = 2 * adapters;
+        lora_free(&lora);
+    }
     free(table.list);
     return plan;
 }
@@ -1654,6 +1889,7 @@ double machine_peak_flops(void) {
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass) {
     (void)rows;                                                  // only micro-batches need room here
     model_alloc_run(m, B, T, positions, recompute, pass);
+    if (m->lora) lora_merge(m);
 }
 void machine_close(Model *m) { model_free(m); }
 void machine_download(Model *m) { (void)m; }
@@ -1664,9 +1900,10 @@ Update machine_update(Model *m, const Batch *batch, int rows, double targets, co
         Batch micro = batch_from(batch, i, m->T);
         u.loss += model_loss(m, &micro, m->B, m->T, (float)(1.0 / targets), TRAIN) / targets;
     }
-    u.norm = gradient_norm(m->grads_memory, m->table.num_params);
+    u.norm = gradient_norm(trained(m).grads, trained(m).table->num_params);
     if (!isfinite(u.loss) || !isfinite(u.norm)) return u;
     adamw_step(m, adamw, clip > 0 && u.norm > clip ? (float)(clip / (u.norm + 1e-6)) : 1.0f, step);
+    if (m->lora) lora_merge(m);
     return u;
 }
 double machine_loss(Model *m, const Batch *batch, int B, int T) { return model_loss(m, batch, B, T, 0, EVALUATE); }
@@ -1893,23 +2130,23 @@ static const char *const TRAIN_TASKS[] = {"pretrain", "sft", "dpo", NULL};      
 
 // 0 or "" where a comment says auto: resolve_options replaces it by what fits the model and the data.
 static struct {
-    const char *model, *data, *val, *out, *prompt;
+    const char *model, *data, *val, *out, *prompt, *lora_targets;
     int task, schedule, save_dtype, doc_mask, recompute;
     long steps, epochs, batch, seq, accum, total_batch;
     long warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed, log_every;
-    long max_tokens, top_k;
+    long max_tokens, top_k, lora_rank;
     double lr, min_lr, weight_decay, clip;
-    double beta1, beta2, eps, beta, label_smoothing;
+    double beta1, beta2, eps, beta, label_smoothing, lora_alpha;
     double temperature, top_p;
     bool resume, greedy, ids, json;
 } opt = {                            // the defaults, line by line
-    "", "", "", "out", "",
+    "", "", "", "out", "", "all",
     TASK_PRETRAIN, COSINE, F32, AUTO, KEEP_ALL,
     0, 1, 2, 128, 1, 0,
     -1, 1000, 65536, 1000, 0, 2, 1337, 50,
-    128, 0,
+    128, 0, 0,
     0, 0.1, 0.1, 1.0,
-    0.9, 0.99, 1e-8, 0.1, 0,
+    0.9, 0.99, 1e-8, 0.1, 0, 0,
     0.7, 0.9,
     false, false, false, false,
 };
@@ -1930,7 +2167,7 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2.5e-3 for tiny, 1e-5 for a checkpoint (dpo 1e-6), or 1e-4"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 1e-4 for adapters and new models (tiny 2.5e-3), 1e-5 for a checkpoint, in dpo 1e-6"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
     {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
@@ -1941,6 +2178,9 @@ static const Option OPTIONS[] = {
     {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
     {"beta",         T_,       OPTION_FLOAT,  &opt.beta,         0, NULL, "dpo: how much the answers' log-probabilities count against each other"},
     {"label-smoothing", T_,    OPTION_FLOAT,  &opt.label_smoothing, 0, NULL, "dpo: share of pairs that may be labelled the wrong way round"},
+    {"lora-rank",    T_|I_,    OPTION_INT,    &opt.lora_rank,    0, NULL, "train only adapters of this rank; 0: train everything"},
+    {"lora-alpha",   T_|I_,    OPTION_FLOAT,  &opt.lora_alpha,   0, NULL, "adapters count alpha / rank; 0: twice the rank"},
+    {"lora-targets", T_|I_,    OPTION_STRING, &opt.lora_targets, 0, NULL, "what has adapters: all, or some of q_proj,k_proj,...,down_proj"},
     {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: in sft and dpo"},
     {"recompute",    T_|I_,    OPTION_CHOICE, &opt.recompute,    0, RECOMPUTE_NAMES, "0 keeps all, 1 no norms and SwiGLU, 2 layer inputs"},
     {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
@@ -2073,7 +2313,7 @@ const char *newest_checkpoint(const char *out) {
 
 // A directory that holds a model: `path` itself, or the newest checkpoint of the run `path`. NULL if neither.
 const char *find_checkpoint(const char *path) {
-    return file_exists(path_of("%s/config.json", path)) ? path : newest_checkpoint(path);
+    return file_exists(path_of("%s/config.json", path)) || is_adapter(path) ? path : newest_checkpoint(path);
 }
 
 void delete_directory(const char *path) {                        // and the files in it; ours hold no directories
@@ -2103,6 +2343,8 @@ typedef struct {
     Dpo dpo;                         // --task dpo; the arrays are reference of training and validation data
     double *train_reference, *val_reference;
     uint64_t reference_model;        // fingerprint of the reference model's weights
+    const char *base;                // LoRA: the directory of the base model
+    uint64_t base_model;             // and the fingerprint of its weights
     Log log;
     long step, steps;                // updates done, updates in all
     uint64_t position;               // rows of the training data used so far
@@ -2116,6 +2358,7 @@ void trainer_json(const Run *run, const char *path) {
     fprintf(f, "{\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"position\": %" PRIu64 ",\n", run->step, run->steps, run->position);
     fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n", run->train.fingerprint);
     if (opt.task == TASK_DPO) fprintf(f, "  \"reference_model\": \"%016" PRIx64 "\",\n", run->reference_model);
+    if (run->model.lora) fprintf(f, "  \"base_model\": \"%016" PRIx64 "\",\n", run->base_model);
     fprintf(f, "  \"options\": {");
     bool first = true;
     for (const Option *o = OPTIONS; o->name; o++) {
@@ -2167,7 +2410,7 @@ void save_model(const Model *m, const Tokenizer *t, const char *tokenizer_from, 
     model_save(m, to, dtype);
 }
 
-// out/step_NNNNNNNN, a Hugging Face directory with AdamW's moments (and fp32 weights, if the saved ones are bf16) and trainer.json beside.
+// out/step_NNNNNNNN, a Hugging Face directory (with LoRA an adapter's) with AdamW's moments (and fp32 weights, if the saved ones are bf16) and trainer.json beside.
 // It is written under another name, flushed to the disk and renamed: a kill or a full disk leaves the checkpoints before it whole.
 void save_checkpoint(Run *run) {
     Model *m = &run->model;
@@ -2176,15 +2419,22 @@ void save_checkpoint(Run *run) {
     snprintf(final, sizeof final, "%s/step_%08ld", opt.out, run->step);
     if (strcmp(final, run->last_saved) == 0) return;
     machine_download(m);
-    CHECK(isfinite(gradient_norm(m->params_memory, m->table.num_params)), "the weights are not finite after update %ld; not saved. "
+    Trained t = trained(m);
+    CHECK(isfinite(gradient_norm(t.params, t.table->num_params)), "the weights are not finite after update %ld; not saved. "
           "Last checkpoint: %s", run->step, run->last_saved[0] ? run->last_saved : "none");
     snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
     delete_directory(unfinished);
     make_directory(unfinished);
-    save_model(m, run->tokenizer, run->last_saved[0] ? run->last_saved : run->tokenizer_files, (int)run->train.shards[0].header->end_id,
-               unfinished, dtype);
-    Block blocks[] = {{"m.", m->m_memory}, {"v.", m->v_memory}, {"master.", m->params_memory}};
-    write_safetensors(path_of("%s/optimizer.safetensors", unfinished), &m->table, 0, m->table.count, blocks, dtype == F32 ? 2 : 3, F32);
+    const char *tokenizer_from = run->last_saved[0] ? run->last_saved : run->tokenizer_files;
+    if (m->lora) {
+        adapter_save(m, run->base, unfinished);
+        save_tokenizer(run->tokenizer, tokenizer_from, unfinished);
+    } else {
+        save_model(m, run->tokenizer, tokenizer_from, (int)run->train.shards[0].header->end_id, unfinished, dtype);
+    }
+    Block blocks[] = {{"m.", t.m}, {"v.", t.v}, {"master.", t.params}};
+    bool is_exact = m->lora || dtype == F32;
+    write_safetensors(path_of("%s/optimizer.safetensors", unfinished), t.table, 0, t.table->count, blocks, is_exact ? 2 : 3, F32);
     trainer_json(run, path_of("%s/trainer.json", unfinished));
     sync_directory(unfinished);
     delete_directory(final);                                     // only there if this step is reached a second time
@@ -2202,8 +2452,9 @@ void resume_checkpoint(Run *run, const char *from) {
     const char *path = path_of("%s/trainer.json", from);
     Json *json = read_json(path);
     StoredTensors stored = safetensors_open(from, "optimizer");
-    load_tensors(&stored, from, &m->table, m->m_memory, "m.", false);
-    load_tensors(&stored, from, &m->table, m->v_memory, "v.", false);
+    Trained t = trained(m);
+    load_tensors(&stored, from, t.table, t.m, "m.", false);
+    load_tensors(&stored, from, t.table, t.v, "v.", false);
     char master[128];
     snprintf(master, sizeof master, "master.%s", m->table.list[0].name);
     if (safetensors_find(&stored, master)) load_tensors(&stored, from, &m->table, m->params_memory, "master.", false);
@@ -2235,14 +2486,6 @@ void resume_checkpoint(Run *run, const char *from) {
 // kept in a file beside the data, so that no second model stays in memory and the next run with the same model and data begins at once. The
 // file is named by all that its numbers depend on.
 typedef struct { char magic[8]; uint64_t model, data, documents, T, checksum; char precision[8]; } ReferenceHeader;
-
-// A hash of all weights, whatever the number of threads.
-uint64_t weights_fingerprint(const Model *m) {
-    uint64_t sum = 0;
-    #pragma omp parallel for reduction(+:sum)
-    for (size_t i = 0; i < m->table.num_params; i++) sum += mix64(mix64(i) ^ float_bits(m->params_memory[i]));
-    return sum;
-}
 
 // The numbers in the file `path` if they are those that `wanted` names, else NULL.
 double *reference_read(const char *path, ReferenceHeader wanted) {
@@ -2383,7 +2626,23 @@ Config config_of_model(const char *model, const char **checkpoint) {
     for (int i = 0; i < NUM_PRESETS; i++)
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", PRESETS[i].name);
     CHECK(*checkpoint, "--model %s is neither a directory with a config.json nor a preset (%s)", model, names);
-    return config_load(path_of("%s/config.json", *checkpoint), NULL);
+    return model_config(*checkpoint, NULL);
+}
+
+LoraOptions lora_options(void) {
+    LoraOptions o = {(int)opt.lora_rank, (float)(opt.lora_alpha > 0 ? opt.lora_alpha : 2.0 * (double)opt.lora_rank), 0};
+    CHECK(opt.lora_rank <= MOST_LORA_RANK, "--lora-rank is %ld, it must be at most %d", opt.lora_rank, MOST_LORA_RANK);
+    if (strcmp(opt.lora_targets, "all") == 0) o.targets = (1u << NUM_LORA_TARGETS) - 1;
+    for (const char *at = opt.lora_targets, *end; o.targets != (1u << NUM_LORA_TARGETS) - 1 && *at; at = *end ? end + 1 : end) {
+        int i = 0;
+        end = at + strcspn(at, ",");
+        while (i < NUM_LORA_TARGETS && !(strlen(LORA_TARGETS[i]) == (size_t)(end - at) && strncmp(at, LORA_TARGETS[i], (size_t)(end - at)) == 0)) i++;
+        CHECK(i < NUM_LORA_TARGETS, "--lora-targets: '%.*s' is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+              (int)(end - at), at);
+        o.targets |= 1u << i;
+    }
+    CHECK(o.rank == 0 || o.targets != 0, "--lora-targets is empty; there must be something to train");
+    return o;
 }
 
 // The default run makes its own data: a small corpus about Chinese geography, history, science and words (dev/data/tiny_baike).
@@ -2465,7 +2724,7 @@ void resolve_options(Run *run, bool from_checkpoint) {
           opt.weight_decay);
     CHECK(opt.beta > 0, "--beta is %g, it must be above 0", opt.beta);
     CHECK(opt.label_smoothing < 0.5, "--label-smoothing is %g, it must be below 0.5: then no label says anything", opt.label_smoothing);
-    if (opt.lr == 0) opt.lr = opt.task == TASK_DPO ? 1e-6 : from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
+    if (opt.lr == 0) opt.lr = opt.lora_rank > 0 ? 1e-4 : opt.task == TASK_DPO ? 1e-6 : from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
 }
 
 // --model, --data and --val of the interrupted run, where they are not given again.
@@ -2483,10 +2742,39 @@ void resume_paths(const char *checkpoint) {
 
 // More than the machine's memory is refused at once, not killed later.
 void check_memory(const Config *c) {
-    MemoryPlan plan = machine_plan(c, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute);
+    LoraOptions lora = lora_options();
+    MemoryPlan plan = machine_plan(c, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute, &lora);
     double bytes = plan.weights + plan.gradients + plan.moments + plan.activations, machine = machine_memory();
-    CHECK(machine <= 0 || bytes < machine, "this run needs %.1f GB, the machine has %.1f; a smaller --batch or --seq, --recompute 2 or "
-          "a smaller model needs less (./" PROGRAM " info)", bytes * 1e-9, machine * 1e-9);
+    CHECK(machine <= 0 || bytes < machine, "this run needs %.1f GB, the machine has %.1f; a smaller --batch or --seq, --recompute 2, "
+          "--lora-rank 16 or a smaller model needs less (./" PROGRAM " info)", bytes * 1e-9, machine * 1e-9);
+}
+
+// With --lora-rank, or where an adapter is resumed: finds the base. A resumed adapter brings its own options.
+void run_lora(Run *run, const char *checkpoint) {
+    if (!opt.resume && opt.lora_rank == 0) return;
+    CHECK(checkpoint, "--lora-rank needs a trained model: name a checkpoint with --model");
+    if (!opt.resume) {
+        bool v1;
+        model_config(checkpoint, &v1);
+        CHECK(!is_adapter(checkpoint), "--model %s is itself an adapter; --resume goes on with it, or ./" PROGRAM " export merges it first", opt.model);
+        CHECK(!v1, "--model %s is a Qwen v1 model, for which PEFT has no names; ./" PROGRAM " export makes it a qwen2 first", opt.model);
+        char *base = realpath(checkpoint, NULL);
+        CHECK(base, "%s: %s", checkpoint, strerror(errno));
+        run->base = base;
+        opt.lora_alpha = (double)lora_options().alpha;
+        return;
+    }
+    CHECK(is_adapter(checkpoint) || opt.lora_rank == 0, "%s is no adapter, but --lora-rank is given", checkpoint);
+    if (!is_adapter(checkpoint)) return;
+    LoraOptions given = lora_options(), o;
+    run->base = adapter_config(checkpoint, &o);
+    CHECK(opt.lora_rank == 0 || (given.rank == o.rank && given.alpha == o.alpha && given.targets == o.targets),
+          "%s has adapters of rank %d and alpha %g; they must stay so on --resume", checkpoint, o.rank, (double)o.alpha);
+    char targets[128] = "";
+    bool all = o.targets == (1u << NUM_LORA_TARGETS) - 1;
+    for (int i = 0; i < NUM_LORA_TARGETS && !all; i++)
+        if (o.targets >> i & 1) snprintf(targets + strlen(targets), sizeof targets - strlen(targets), "%s%s", targets[0] ? "," : "", LORA_TARGETS[i]);
+    opt.lora_rank = o.rank, opt.lora_alpha = (double)o.alpha, opt.lora_targets = all ? "all" : path_of("%s", targets);
 }
 
 // Opens data, tokenizer and model; allocates; initialises, loads or resumes. Whatever can be refused is refused before memory is taken.
@@ -2501,7 +2789,8 @@ void run_open(Run *run) {
         make_default_data();
         opt.data = DEFAULT_DATA;
     }
-    Config config = opt.resume ? config_load(path_of("%s/config.json", checkpoint), NULL) : config_of_model(opt.model, &checkpoint);
+    Config config = opt.resume ? model_config(checkpoint, NULL) : config_of_model(opt.model, &checkpoint);
+    run_lora(run, checkpoint);
     CHECK(loader_find(&run->train, opt.data, "train") > 0, "--data %s: no such token files; make some with ./prepare", opt.data);
     run->tokenizer = open_tokenizer(&run->train.shards[0], checkpoint);
     run->tokenizer_files = checkpoint;
@@ -2519,9 +2808,15 @@ void run_open(Run *run) {
     check_memory(&config);
     Model *m = &run->model;
     model_alloc(m, &config);
-    if (checkpoint) model_load(m, checkpoint);
+    if (checkpoint) model_load(m, run->base ? run->base : checkpoint);
     else init_params(m->params_memory, &config, &m->table, (uint64_t)opt.seed);
     if (task == TASK_DPO && !opt.resume) run->reference_model = weights_fingerprint(m);
+    if (run->base) {
+        LoraOptions lora = lora_options();
+        run->base_model = weights_fingerprint(m);
+        lora_attach(m, &lora, (uint64_t)opt.seed);
+        if (opt.resume) adapter_load(m, checkpoint);
+    }
     model_alloc_moments(m);
     if (opt.resume) resume_checkpoint(run, checkpoint);
     CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
@@ -2570,6 +2865,9 @@ void print_run(const Run *run) {
     const Loader *l = &run->train;
     printf("model     %s: %d layers, width %d, %d/%d heads x %d, MLP %d, vocabulary %d: %.1fM parameters\n", opt.model, c->L, c->C,
            c->NH, c->NKV, c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
+    if (run->model.lora)
+        printf("adapters  rank %ld, alpha %g on %s: %s parameters are trained\n", opt.lora_rank, opt.lora_alpha, opt.lora_targets,
+               count_text(run->model.lora->table.num_params));
     printf("data      %s: %s tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, count_text(l->num_tokens), l->num_shards,
            l->num_shards == 1 ? "" : "s", l->num_rows, l->T);
     if (run->has_val) printf("; validation %s tokens", count_text(run->val.num_tokens));
@@ -2632,7 +2930,9 @@ const char *preferences_text(const Preferences *p) {
 
 void report_step(Run *run, const StepResult *r, double seconds, double left_s, double peak) {
     double tokens = (double)(opt.batch * opt.accum * opt.seq), per_s = tokens / seconds;
-    double percent = 100 * per_s * flops_per_token(&run->model.config, run->model.T) / peak;
+    const Config *c = &run->model.config;
+    double flops = flops_per_token(c, run->model.T) - (run->model.lora ? 2.0 * c->V * c->C : 0);         // no gradient of the head
+    double percent = 100 * per_s * flops / peak;
     fprintf(run->log.json,
             "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"%s\":%.0f", run->step, r->loss, r->norm, r->lr,
             opt.task == TASK_DPO ? "pairs" : "targets", r->targets);
@@ -2738,7 +3038,9 @@ void print_info(void) {
     CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
     TensorTable table = tensor_table(&c);
     double flops = flops_per_token(&c, T);
-    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute);
+    LoraOptions lora = lora_options(), none = {};
+    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute, &lora), all = machine_plan(&c, B, T, (Recompute)opt.recompute, &none);
+    double saved = all.weights + all.gradients + all.moments - plan.weights - plan.gradients - plan.moments;
     double fixed = plan.weights + plan.gradients + plan.moments;
     if (opt.json) {
         printf("{\"model\":");
@@ -2767,9 +3069,15 @@ void print_info(void) {
     printf("  weights     %8.3f    gradients  %8.3f    AdamW's m and v  %8.3f\n", plan.weights / 1e9, plan.gradients / 1e9,
            plan.moments / 1e9);
     for (int level = 0; level < 3; level++) {
-        double activations = machine_plan(&c, B, T, (Recompute)level).activations;
+        double activations = machine_plan(&c, B, T, (Recompute)level, &lora).activations;
         printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations / 1e9, level, (fixed + activations) / 1e9,
                level == opt.recompute ? "   <- chosen" : "");
+    }
+    if (lora.rank > 0) {
+        Lora l = lora_layout(&c, &table, &lora);
+        printf("adapters of rank %d on %s: %s parameters are trained, which takes %.3f GB less than to train all\n", lora.rank, opt.lora_targets,
+               count_text(l.table.num_params), saved / 1e9);
+        lora_free(&l);
     }
     free(table.list);
 }
@@ -2824,11 +3132,12 @@ void export_model(void) {
     config_of_model(opt.model, &checkpoint);
     Model m = {};
     model_load(&m, checkpoint);
-    Tokenizer *t = has_tokenizer(checkpoint) ? model_tokenizer(checkpoint) : NULL;
+    const char *tokenizer_from = has_tokenizer(checkpoint) ? checkpoint : base_directory(checkpoint);
+    Tokenizer *t = has_tokenizer(tokenizer_from) ? model_tokenizer(tokenizer_from) : NULL;
     const char *unfinished = path_of("%s.unfinished", opt.out);
     delete_directory(unfinished);
     make_directory(unfinished);
-    save_model(&m, t, checkpoint, !t ? -1 : t->im_end >= 0 ? t->im_end : t->endoftext, unfinished, (Dtype)opt.save_dtype);
+    save_model(&m, t, tokenizer_from, !t ? -1 : t->im_end >= 0 ? t->im_end : t->endoftext, unfinished, (Dtype)opt.save_dtype);
     sync_directory(unfinished);
     CHECK(rename(unfinished, opt.out) == 0, "cannot rename %s to %s: %s", unfinished, opt.out, strerror(errno));
     printf("wrote %s: %.1fM parameters in %s%s\n", opt.out, (double)m.table.num_params / 1e6, SAVE_DTYPES[opt.save_dtype],

@@ -10,9 +10,10 @@
 #include "test.h"
 #include "fixtures.h"
 
-// fp32: sums of some hundred terms in another order than PyTorch's. bf16: every number on the way is rounded to 8 bits (see test_qwen.cu).
+// fp32: sums of some hundred terms in another order than PyTorch's. bf16: every number on the way is rounded to 8 bits, the fixtures' fp32
+// weights first of all (see test_qwen.cu); up to 4.7e-2 is seen.
 static const bool IS_BF16 = sizeof PRECISION == sizeof "bf16" && PRECISION[0] == 'b';
-static const double TOLERANCE = IS_BF16 ? 5e-2 : 1e-5;
+static const double TOLERANCE = IS_BF16 ? 7e-2 : 1e-5;
 
 static char scratch[64];                                         // a temporary directory
 
@@ -62,16 +63,18 @@ Update update_pairs(Preferring *p, const AdamW *o, double clip, int step) {
 void close_pairs(Preferring *p) { batch_free(&p->batch), loader_close(&p->loader), machine_close(&p->model), free(p); }
 
 // As in test_train.c: one line for all tensors, one for each that is wrong.
-void check_tensors(const char *what, StoredTensors *s, const Model *m, const float *memory, const char *prefix) {
-    float *wanted = expected_tensors(s, what, m, prefix, false);
+void check_tensors(const char *what, StoredTensors *s, const TensorTable *table, const float *memory, const char *prefix) {
+    float *wanted = (float *)xmalloc(table->num_params * sizeof(float));
+    for (int i = 0; i < s->count; i++) s->list[i].taken = 0;
+    load_tensors(s, what, table, wanted, prefix, false);
     double worst = 0;
-    for (int k = 0; k < m->table.count; k++) {
-        const TensorInfo *t = &m->table.list[k];
+    for (int k = 0; k < table->count; k++) {
+        const TensorInfo *t = &table->list[k];
         double error = relative_error(memory + t->offset, wanted + t->offset, t->rows * t->cols);
         if (!(error <= worst)) worst = error;
         if (!(error <= TOLERANCE)) check_close(t->name, memory + t->offset, wanted + t->offset, t->rows * t->cols, TOLERANCE);
     }
-    check(worst <= TOLERANCE, "%-58s error %.1e (worst of %d tensors)", what, worst, m->table.count);
+    check(worst <= TOLERANCE, "%-58s error %.1e (worst of %d tensors)", what, worst, table->count);
     free(wanted);
 }
 
@@ -122,7 +125,7 @@ void test_dpo_loss(const char *family) {
                   p->dpo.seen.correct == correct, "%s: rewards %.5f and %.5f, %.0f of 4 right", shape, p->dpo.seen.chosen / 4,
               p->dpo.seen.rejected / 4, p->dpo.seen.correct);
         machine_download(&p->model);
-        check_tensors(path_of("%s: gradients", shape), &s, &p->model, p->model.m_memory, "far.grad.");
+        check_tensors(path_of("%s: gradients", shape), &s, &p->model.table, p->model.m_memory, "far.grad.");
         close_pairs(p);
     }
     free(reference), free(wanted_sums), free(far), free(wanted_rewards);
@@ -151,7 +154,7 @@ void test_dpo_steps(const char *family) {
         free(wanted);
     }
     machine_download(&p->model);
-    check_tensors(path_of("%s dpo, ten AdamW steps: final weights", family), &s, &p->model, p->model.params_memory, "steps.final.");
+    check_tensors(path_of("%s dpo, ten AdamW steps: final weights", family), &s, &p->model.table, p->model.params_memory, "steps.final.");
     close_pairs(p);
     free(sums);
     safetensors_close(&s);
@@ -191,6 +194,171 @@ void test_dpo_rows(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// LoRA
+
+// The fixture's base with its adapter, ready to train.
+Model open_lora(const char *family, int B, int T, int rows, Recompute recompute) {
+    const char *directory = path_of(FIXTURES "/lora/%s", family);
+    LoraOptions options;
+    const char *base = adapter_config(directory, &options);
+    Model m = {};
+    model_load(&m, base);
+    lora_attach(&m, &options, 1);
+    adapter_load(&m, directory);
+    machine_open(&m, B, T, rows, T, recompute, TRAIN);
+    return m;
+}
+
+void test_lora_gradients(const char *family, int B, int T) {
+    StoredTensors s = safetensors_open(path_of(FIXTURES "/lora/%s", family), "expected");
+    static const struct { bool one_row; Recompute recompute; } shapes[] = {{false, KEEP_ALL}, {true, KEEP_ALL}, {false, RECOMPUTE_CHEAP},
+                                                                           {true, RECOMPUTE_LAYERS}};
+    for (int i = 0; i < 4; i++) {
+        int micro = shapes[i].one_row ? 1 : B;
+        Model m = open_lora(family, micro, T, B, shapes[i].recompute);
+        Batch b = expected_batch(&s, B, T, true);
+        Update u = machine_update(&m, &b, B, sum_weights(&b, B * T), &GRADIENT, 0, 1);
+        const char *shape = path_of("%s lora, %d x %d rows, recompute %d", family, B / micro, micro, (int)shapes[i].recompute);
+        float loss = (float)u.loss, wanted = expected_number(&s, "loss");
+        check_close(path_of("%s: loss", shape), &loss, &wanted, 1, TOLERANCE);
+        machine_download(&m);
+        check_tensors(path_of("%s: gradients of A and B", shape), &s, &m.lora->table, m.lora->m, "grad.");
+        batch_free(&b), machine_close(&m);
+    }
+    safetensors_close(&s);
+}
+
+// The weights that the machine computes with.
+float *machine_weights(const Model *m) {
+    float *weights = (float *)xmalloc(m->table.num_params * sizeof(float));
+#ifdef QWEN_GPU
+    floatX *raw = (floatX *)xmalloc(m->table.num_params * sizeof(floatX));
+    to_host(raw, m->gpu->params_memory, m->table.num_params * sizeof(floatX));
+    for (size_t i = 0; i < m->table.num_params; i++) weights[i] = to_float(raw[i]);
+    free(raw);
+#else
+    memcpy(weights, m->params_memory, m->table.num_params * sizeof(float));
+#endif
+    return weights;
+}
+
+void test_lora_steps(const char *family, int B, int T) {
+    StoredTensors s = safetensors_open(path_of(FIXTURES "/lora/%s", family), "expected");
+    Model m = open_lora(family, B, T, B, KEEP_ALL), base = {};
+    Batch b = expected_batch(&s, B, T, true);
+    AdamW o = {expected_number(&s, "steps.lr"), expected_number(&s, "steps.beta1"), expected_number(&s, "steps.beta2"), expected_number(&s, "steps.eps"),
+               expected_number(&s, "steps.weight_decay")};
+    float losses[10], norms[10], *wanted_losses = expected(&s, "steps.losses", 10), *wanted_norms = expected(&s, "steps.norms", 10);
+    for (int step = 0; step < 10; step++) {
+        Update u = machine_update(&m, &b, B, sum_weights(&b, B * T), &o, (double)expected_number(&s, "steps.clip"), step + 1);
+        losses[step] = (float)u.loss, norms[step] = (float)u.norm;
+    }
+    check_close(path_of("%s lora, ten AdamW steps: losses", family), losses, wanted_losses, 10, TOLERANCE);
+    check_close(path_of("%s lora, ten AdamW steps: norms", family), norms, wanted_norms, 10, TOLERANCE);
+    machine_download(&m);
+    check_tensors(path_of("%s lora, ten AdamW steps: A and B", family), &s, &m.lora->table, m.lora->memory, "steps.final.");
+
+    const char *saved = path_of("%s/adapter", scratch);
+    make_directory(saved);
+    adapter_save(&m, path_of(FIXTURES "/%s", family), saved);
+    Model again = {};
+    model_load(&again, saved);                                   // merges
+    float *merged = machine_weights(&m);
+    check_close(path_of("%s lora: the saved adapter merges into the weights that were trained with", family), again.params_memory, merged,
+                m.table.num_params, IS_BF16 ? 5e-3 : 1e-6);
+    delete_directory(saved);
+
+    for (int k = 0; k < m.lora->count; k++) {                    // B = 0 gives the base back, to the last bit
+        const LoraMatrix *x = &m.lora->matrices[k];
+        memset(m.lora->memory + x->b, 0, (size_t)x->outputs * (size_t)m.lora->options.rank * sizeof(float));
+    }
+#ifdef QWEN_GPU
+    to_device(m.gpu->master, m.lora->memory, m.lora->table.num_params * sizeof(float));
+    lora_merge_gpu(&m);
+#else
+    lora_merge(&m);
+#endif
+    model_load(&base, path_of(FIXTURES "/%s", family));
+    float *unmerged = machine_weights(&m);
+    size_t unequal = 0;
+    for (size_t i = 0; i < m.table.num_params; i++) unequal += unmerged[i] != (IS_BF16 ? bf16_to_float(float_to_bf16(base.params_memory[i])) : base.params_memory[i]);
+    check(unequal == 0, "%s lora: after ten updates the base is what it was (%zu numbers are not)", family, unequal);
+    free(merged), free(unmerged), free(wanted_losses), free(wanted_norms);
+    batch_free(&b), machine_close(&m), model_free(&again), model_free(&base), safetensors_close(&s);
+}
+
+// The directory of an adapter stands for the merged model. (CPU arithmetic; the GPU loads the same weights.)
+void test_lora_merged(const char *family, int B, int T) {
+    const char *directory = path_of(FIXTURES "/lora/%s", family);
+    StoredTensors s = safetensors_open(directory, "expected");
+    Model m = {};
+    model_load(&m, directory);
+    model_alloc_run(&m, B, T, T, KEEP_ALL, EVALUATE);
+    Batch b = expected_batch(&s, B, T, true);
+    size_t count = (size_t)(B * T) * (size_t)m.config.V;
+    float *wanted = expected(&s, "logits", count), *logits = (float *)xmalloc(count * sizeof(float));
+    model_forward(&m, b.tokens, b.start, B, T, NULL);
+    matmul_forward(logits, m.acts.h, m.params.head, NULL, B * T, m.config.C, m.config.V, OVERWRITE);
+    check_close(path_of("%s lora: logits of the merged model are peft's", family), logits, wanted, count, 1e-5);
+    free(wanted), free(logits);
+    batch_free(&b), model_free(&m), safetensors_close(&s);
+}
+
+void load_model(const char *directory) {
+#ifdef _OPENMP
+    omp_set_num_threads(1);                                      // a forked process has none of its parent's threads
+#endif
+    Model m = {};
+    model_load(&m, directory);
+}
+void write_text(const char *path, const char *text) {
+    FILE *f = create_file(path);
+    fputs(text, f);
+    close_file(f, path);
+}
+void test_bad_adapters(void) {
+    const char *directory = path_of("%s/bad", scratch), *config = path_of("%s/adapter_config.json", directory);
+    make_directory(directory);
+    size_t size;
+    char *weights = read_file(FIXTURES "/lora/qwen2/adapter_model.safetensors", &size);
+    const char *path = path_of("%s/adapter_model.safetensors", directory);
+    FILE *f = create_file(path);
+    fwrite(weights, 1, size, f), close_file(f, path), free(weights);
+    const char *all = "\"q_proj\",\"k_proj\",\"v_proj\",\"o_proj\",\"gate_proj\",\"up_proj\",\"down_proj\"";
+    const char *form = "{\"peft_type\":\"%s\",\"base_model_name_or_path\":\"%s\",\"r\":%d,\"lora_alpha\":5,\"target_modules\":[%s],\"use_dora\":%s}";
+    const char *qwen2 = FIXTURES "/qwen2", *qwen3 = FIXTURES "/qwen3";
+    static const struct { const char *what, *type, *base, *targets, *dora, *message; int rank; } cases[] = {
+        {"an adapter for another base", "LORA", "3", "*", "false", "has shape [3,24], the model needs [3,28]", 3},
+        {"an adapter of another rank", "LORA", "2", "*", "false", "has shape [3,24], the model needs [4,24]", 4},
+        {"an adapter with fewer targets than tensors", "LORA", "2", "\"q_proj\"", "false", "is not part of this model", 3},
+        {"an adapter of another kind", "IA3", "2", "*", "false", "\"peft_type\" is not LORA", 3},
+        {"DoRA", "LORA", "2", "*", "true", "\"use_dora\" is true", 3},
+        {"an adapter of the head", "LORA", "2", "\"lm_head\"", "false", "holds lm_head, which is not supported", 3},
+        {"a base that is not here", "LORA", "Qwen/Qwen2.5-0.5B", "*", "false", "there is no model of that name here", 3},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const char *base = strcmp(cases[i].base, "2") == 0 ? qwen2 : strcmp(cases[i].base, "3") == 0 ? qwen3 : cases[i].base;
+        write_text(config, path_of(form, cases[i].type, base, cases[i].rank, cases[i].targets[0] == '*' ? all : cases[i].targets, cases[i].dora));
+        check_fails(cases[i].what, load_model, directory, cases[i].message);
+    }
+    write_text(config, path_of(form, "LORA", qwen2, 3, all, "false"));
+    write_text(path_of("%s/trainer.json", directory), "{\"base_model\": \"0123456789abcdef\"}");
+    check_fails("a base that has changed", load_model, directory, "was trained on another base than");
+    delete_directory(directory);
+}
+
+void test_lora_plan(void) {
+    Config c = find_preset("qwen2.5-1.5b")->config;
+    LoraOptions none = {}, lora = {16, 32, 127};
+    MemoryPlan all = machine_plan(&c, 1, 512, KEEP_ALL, &none), less = machine_plan(&c, 1, 512, KEEP_ALL, &lora);
+    // 1,543,714,304 parameters, of which 1,310,195,712 in 196 matrices; A and B of rank 16: 18,464,768
+    double width = IS_BF16 ? 2 : 4, scratch_floats = less.gradients / 4 - 46797824 - 18464768;
+    check(all.gradients == 4 * 1543714304.0 && less.moments == 8 * 18464768.0 && less.weights == width * (1543714304.0 + 1310195712.0) + 4 * 18464768.0 &&
+              scratch_floats >= 0 && scratch_floats < 1e7, "qwen2.5-1.5b, fixed memory: %.2f GB, with LoRA of rank 16 %.2f GB",
+          (all.weights + all.gradients + all.moments) / 1e9, (less.weights + less.gradients + less.moments) / 1e9);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
 // Several files
 
 void test_shards(void) {
@@ -222,6 +390,10 @@ int main(void) {
     test_dpo_loss("qwen2"), test_dpo_loss("qwen3");
     test_dpo_steps("qwen2"), test_dpo_steps("qwen3");
     test_dpo_rows();
+    static const char *const families[] = {"qwen2", "qwen3"};
+    for (int i = 0; i < 2; i++) test_lora_gradients(families[i], 3, 13), test_lora_steps(families[i], 3, 13), test_lora_merged(families[i], 3, 13);
+    test_bad_adapters();
+    test_lora_plan();
     test_shards();
     delete_directory(scratch);
     return verdict();

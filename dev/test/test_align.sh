@@ -1,5 +1,5 @@
 #!/bin/sh
-# test_align.sh: fine-tuning with ./train_qwen from the outside: SFT, DPO and its reference file, good and bad input.
+# test_align.sh: fine-tuning with ./train_qwen from the outside: SFT, DPO and its reference file, LoRA, export; good and bad input.
 # Run from the repository root after `make train_qwen prepare tiny_baike`; prints a line a case, exit code is the verdict.
 dir=$(mktemp -d) || exit 1
 trap 'rm -rf "$dir"' EXIT
@@ -75,6 +75,39 @@ fails "dpo: resume as another task" "comes from another --task" ./train_qwen --r
 says "sft: three epochs, validation" '^validation loss' $sft --epochs 3 --val "$dir/sft/train.bin" --out "$dir/e"
 says "sft: what is cut and dropped is said" 'documents have no answer within 15 tokens and are dropped' $sft --seq 14 --steps 2 --out "$dir/f"
 fails "sft: nothing fits" "documents has an answer within 2 tokens; a larger --seq may help" $sft --seq 1
+
+# lora
+lora="$sft --lora-rank 4 --lora-alpha 8"
+says "lora: trains adapters only" '^adapters  rank 4, alpha 8 on all: 48640 parameters are trained$' $lora --steps 6 --save-every 3 --keep 0 --out "$dir/l"
+[ "$(cd "$dir/l/step_00000006" && echo *)" = "adapter_config.json adapter_model.safetensors optimizer.safetensors tokenizer.json tokenizer_config.json trainer.json" ] &&
+    ok "lora: a checkpoint is an adapter" || bad "lora: the checkpoint holds $(ls "$dir/l/step_00000006")"
+says "lora: half a run" saved $lora --steps 6 --save-every 3 --keep 0 --out "$dir/m"; rm -rf "$dir/m/step_00000006"
+says "lora: resumed, without its options" '^resumed .* at update 3' $sft --steps 6 --save-every 3 --keep 0 --resume --out "$dir/m"
+same "lora: resumed, the same adapter" "$dir/l/step_00000006/adapter_model.safetensors" "$dir/m/step_00000006/adapter_model.safetensors"
+same "lora: resumed, the same moments" "$dir/l/step_00000006/optimizer.safetensors" "$dir/m/step_00000006/optimizer.safetensors"
+fails "lora: resume with another rank" "has adapters of rank 4 and alpha 8; they must stay so on --resume" $sft --lora-rank 8 --steps 9 --resume --out "$dir/m"
+says "lora: merged by export" '^wrote' ./train_qwen export --model "$dir/l" --out "$dir/merged"
+./train_qwen generate --model "$dir/l" --prompt 长江 --greedy --ids --max-tokens 12 > "$dir/one"; ./train_qwen generate --model "$dir/merged" --prompt 长江 --greedy --ids --max-tokens 12 > "$dir/two"
+[ -s "$dir/one" ] && same "lora: the adapter generates what the merged model does" "$dir/one" "$dir/two"
+cmp -s "$dir/base/step_00000030/model.safetensors" "$dir/merged/model.safetensors" && bad "lora: the merged model is the base" || ok "lora: the merged model is not the base"
+says "lora: chosen projections" '^adapters  rank 2, alpha 4 on q_proj,v_proj: 4480 p' $sft --lora-rank 2 --lora-targets q_proj,v_proj --steps 2 --out "$dir/n"
+says "lora: dpo" '^update .* accuracy' $dpo --lora-rank 4 --steps 4 --out "$dir/o"
+grep -q '"loss":0.69314718' "$dir/o/log.jsonl" && ok "lora: dpo begins at log 2" || bad "lora: dpo: $(head -1 "$dir/o/log.jsonl")"
+says "lora: dpo resumed" '^resumed' $dpo --steps 5 --resume --out "$dir/o"
+says "lora: a merged model is trained as a whole" '^saved' ./train_qwen --task sft --data "$dir/sft" --model "$dir/l" --batch 2 --seq 96 --steps 1 --sample-every 0 --out "$dir/p"
+says "lora: info says what it saves" 'adapters of rank 16 on all: 18.46M parameters are trained, which takes 12.801 GB less than to train all' \
+    ./train_qwen info --model qwen2.5-1.5b --lora-rank 16
+fails "lora: from random weights" "--lora-rank needs a trained model" ./train_qwen --task sft --data "$dir/sft" --model tiny --lora-rank 4
+fails "lora: on an adapter" "is itself an adapter" ./train_qwen --task sft --data "$dir/sft" --model "$dir/l" --lora-rank 4
+fails "lora: an unknown target" "'lm_head' is none of q_proj, k_proj" $lora --lora-targets q_proj,lm_head
+fails "lora: no target" "--lora-targets is empty" $lora --lora-targets ""
+fails "lora: too large a rank" "it must be at most 1024" $lora --lora-rank 2000
+fails "lora: resume of another kind" "is no adapter, but --lora-rank is given" $sft --lora-rank 4 --steps 100 --resume --out "$dir/e"
+mv "$dir/base" "$dir/base.away"
+fails "lora: the base is gone" "there is no model of that name here" ./train_qwen generate --model "$dir/l" --prompt x
+mkdir "$dir/base"; cp -r "$dir/a/step_00000006" "$dir/base/step_00000030"
+fails "lora: the base is another model" "was trained on another base than" ./train_qwen generate --model "$dir/l" --prompt x
+rm -rf "$dir/base"; mv "$dir/base.away" "$dir/base"
 
 # the scripts of whole runs, on samples
 script="env TRAIN=./train_qwen TOKENIZER=data/tiny_baike/tokenizer.bin VAL_FRACTION=0.1 BATCH=2 ACCUM=2 SEQ=96 WARMUP=1 SAVE_DTYPE=fp32"

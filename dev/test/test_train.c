@@ -859,7 +859,7 @@ void test_bad_models(void) {
         {"qwen2", "\"hidden_size\": 24", "\"hidden_size\": 24.5", "it should be a whole number"},
         {"qwen2", "\"hidden_size\": 24", "\"hidden_size\": \"24\"", "should be a number"},
         {"qwen2", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "is not a multiple of"},
-        {"qwen2", "\"vocab_size\": 61", "\"vocab_size\": 60", "model.embed_tokens.weight has shape [61,24], config.json needs [60,24]"},
+        {"qwen2", "\"vocab_size\": 61", "\"vocab_size\": 60", "model.embed_tokens.weight has shape [61,24], the model needs [60,24]"},
         {"qwen2", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "model.layers.2.input_layernorm.weight is missing"},
         {"qwen2", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "is not part of this model"},
     };

@@ -95,8 +95,8 @@ void shard_close(Shard *s) {
 // 2. The loader. An epoch is num_rows rows of T inputs and T targets.
 //    Pretraining cuts every shard into windows: row w reads tokens [w*T, w*T + T], targets are the inputs moved by one.
 //    SFT and DPO pack whole documents into rows (`packed`). A document longer than a row, T + 1 tokens, is cut there and counted. DPO's
-//    documents are pairs, chosen then rejected; a pair is never parted, and each of both has half a row. A document without a target in what
-//    is left of it (its prompt alone fills the row) teaches nothing: it is dropped and counted, in DPO with its pair.
+//    documents are pairs, chosen then rejected; a pair is never parted, and each of both has half a row. A document without a target in
+//    what is left of it (its prompt alone fills the row) teaches nothing: it is dropped and counted, in DPO with its pair.
 
 typedef struct { int shard, count, number; uint64_t first; } Document;     // tokens [first, first + count) of a shard; number: see Batch
 
@@ -156,7 +156,7 @@ int document_room(const Loader *l) { return l->task == TASK_DPO ? (l->T + 1) / 2
 void loader_pack(Loader *l) {
     uint64_t capacity = 0, n = 0, group = l->task == TASK_DPO ? 2 : 1, room = (uint64_t)document_room(l);
     for (int s = 0; s < l->num_shards; s++) capacity += l->shards[s].header->num_documents;
-    CHECK(capacity <= INT32_MAX, "%s and its sisters hold %" PRIu64 " documents, at most %d are possible", l->shards[0].path, capacity, INT32_MAX);
+    CHECK(capacity <= INT32_MAX, "%s ... hold %" PRIu64 " documents, at most %d are possible", l->shards[0].path, capacity, INT32_MAX);
     Document *found = (Document *)xmalloc(capacity * sizeof *found);
     for (int s = 0; s < l->num_shards; s++) {
         const Shard *shard = &l->shards[s];

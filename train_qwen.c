@@ -936,18 +936,21 @@ typedef struct {
     struct Gpu *gpu;                 // train_qwen.cu: the same on the device
 } Model;
 
-// LoRA (Hu et al. 2021): some matrices of the layers are W = base + scale B A, with A (rank, inputs) and B (outputs, rank), and only A and B
-// are trained. No layer knows of it: forward and backward run on W as always, and by the chain rule
+// LoRA (Hu et al. 2021): some matrices of the layers are W = base + scale B A, with A (rank, inputs) and B (outputs, rank), and only A and
+// B are trained. No layer knows of it: forward and backward run on W as always, and by the chain rule
 //    dB = scale dW A^T,   dA = scale B^T dW
-// So a layer's gradient is needed only until it has been projected onto its A and B: all layers share the memory for one layer's, and there
-// are moments of A and B only. After each update W is made again, always from the base, which is kept: adding to W the change of B A instead
-// would leave in it the rounding errors of all updates. Embedding, head, norms and biases stay as they are.
+// So a layer's gradient is needed only until it has been projected onto its A and B: all layers share the memory for one layer's, and
+// there are moments of A and B only. After each update W is made again, always from the base, which is kept: adding to W the change of
+// B A instead would leave in it the rounding errors of all updates. Embedding, head, norms and biases stay as they are.
 typedef struct { int rank; float alpha; unsigned targets; } LoraOptions;             // targets: bit i for LORA_TARGETS[i]; rank 0: no LoRA
 static const char *const LORA_TARGETS[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};     // PEFT's names
 enum { NUM_LORA_TARGETS = 7, MOST_LORA_RANK = 1024 };
 
-typedef struct { size_t weight, in_layer, base, a, b; int outputs, inputs; } LoraMatrix;     // offsets: of W in the model's parameters and in
-                                                                                 // those of its layer, in Lora.base, of A and B in Lora.memory
+typedef struct {
+    size_t weight, in_layer;         // where W begins in the model's parameters, and in those of its layer
+    size_t base, a, b;               // where its base begins in Lora.base, and A and B in Lora.memory
+    int outputs, inputs;
+} LoraMatrix;
 typedef struct Lora {
     LoraOptions options;
     float scale;                     // alpha / rank
@@ -1026,8 +1029,8 @@ void lora_merge(Model *m) {
     }
 }
 
-// Adds layer l's part of the gradient to those of its A and B, and sets the memory that the layers share to zero for the next one. What is in
-// it has the factor `scale` already, from model_loss.
+// Adds layer l's part of the gradient to those of its A and B, and sets the memory that the layers share to zero for the next one. What is
+// in it has the factor `scale` already, from model_loss.
 void lora_backward(Model *m, int l) {
     Lora *lora = m->lora;
     int rank = lora->options.rank;
@@ -1129,10 +1132,10 @@ void model_backward(Model *m, const int *tokens, const int *start, int B, int T)
 // Direct preference optimisation (Rafailov et al. 2023). Of a pair of answers to one prompt, log p being the sum over the answer's tokens:
 //    reward = beta (log p - log p under the reference model),   margin = reward of the chosen - reward of the rejected
 //    loss = -(1 - smoothing) log sigmoid(margin) - smoothing log sigmoid(-margin)
-// smoothing is the share of pairs that may be labelled the wrong way round. Since log p is minus the sum of the tokens' losses, the gradient
+// smoothing is the share of pairs that may be labelled the wrong way round. Since log p is minus the sum of the tokens' losses,
 //    d loss / d (loss of a token) = beta (sigmoid(-margin) - smoothing) for the chosen answer, minus that for the rejected
-// is the same for all tokens of an answer: a loss weight. So DPO needs no layers, classifier or backward of its own; only, weights are
-// known after the losses.
+// is the same for all tokens of an answer: a loss weight, positive where the answer shall become likelier. So DPO needs no layers,
+// classifier or backward of its own; only, its weights are known after the losses.
 typedef struct { double pairs, loss, chosen, rejected, correct; } Preferences;       // sums over pairs: loss, rewards, margins above 0
 typedef struct Dpo {
     double beta, smoothing;
@@ -1444,7 +1447,8 @@ StoredTensors safetensors_open(const char *directory, const char *name) {
         return s;
     }
     const char *index_path = path_of("%s/%s.safetensors.index.json", directory, name);
-    bool pickled = file_exists(path_of("%s/pytorch_model.bin", directory)) || file_exists(path_of("%s/pytorch_model.bin.index.json", directory));
+    const char *pickle = path_of("%s/pytorch_model.bin", directory);
+    bool pickled = file_exists(pickle) || file_exists(path_of("%s.index.json", pickle));
     CHECK(file_exists(index_path), "%s holds neither %s.safetensors nor %s.safetensors.index.json%s", directory, name, name,
           pickled ? "; load and save_pretrained its pytorch_model.bin once with transformers, which writes them" : "");
     Json *index = read_json(index_path);
@@ -1691,14 +1695,17 @@ bool is_adapter(const char *directory) {
 const char *adapter_config(const char *directory, LoraOptions *options) {
     const char *path = path_of("%s/adapter_config.json", directory);
     Json *json = read_json(path);
-    const Json *type = json_get(json, "peft_type"), *base = json_get(json, "base_model_name_or_path"), *names = json_get(json, "target_modules");
+    const Json *type = json_get(json, "peft_type"), *base = json_get(json, "base_model_name_or_path");
+    const Json *names = json_get(json, "target_modules");
     CHECK(type && type->type == JSON_STRING && strcmp(type->text, "LORA") == 0, "%s: \"peft_type\" is not LORA", path);
     CHECK(base && base->type == JSON_STRING, "%s lacks \"base_model_name_or_path\"", path);
-    CHECK(file_exists(path_of("%s/config.json", base->text)), "%s: \"base_model_name_or_path\" is %s, but there is no model of that name here; "
-          "write the directory of the base model there", path, base->text);
+    CHECK(file_exists(path_of("%s/config.json", base->text)), "%s: \"base_model_name_or_path\" is %s, but there is no model of that name "
+          "here; write the directory of the base model there", path, base->text);
     static const char *const unknown[] = {"use_rslora", "use_dora", "fan_in_fan_out", "use_qalora", "lora_bias", NULL};
-    for (int i = 0; unknown[i]; i++) CHECK(!config_true(json, path, unknown[i]), "%s: \"%s\" is true; it is not supported", path, unknown[i]);
-    static const char *const lists[] = {"modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters", NULL};
+    for (int i = 0; unknown[i]; i++)
+        CHECK(!config_true(json, path, unknown[i]), "%s: \"%s\" is true; it is not supported", path, unknown[i]);
+    static const char *const lists[] = {"modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters",
+                                        NULL};
     for (int i = 0; lists[i]; i++) {
         const Json *list = json_get(json, lists[i]);
         CHECK(!list || !list->child, "%s: \"%s\" is not empty; it is not supported", path, lists[i]);
@@ -1729,8 +1736,8 @@ void adapter_save(const Model *m, const char *base, const char *directory) {
     FILE *f = create_file(path);
     fprintf(f, "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"base_model_name_or_path\": ");
     json_write_string(f, base, strlen(base));
-    fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"bias\": \"none\",\n  \"target_modules\": [", o->rank,
-            (double)o->alpha);
+    fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"bias\": \"none\",\n", o->rank, (double)o->alpha);
+    fprintf(f, "  \"target_modules\": [");
     for (int i = 0, some = 0; i < NUM_LORA_TARGETS; i++)
         if (o->targets >> i & 1) fprintf(f, "%s\"%s\"", some++ ? ", " : "", LORA_TARGETS[i]);
     fprintf(f, "],\n  \"fan_in_fan_out\": false,\n  \"use_rslora\": false,\n  \"use_dora\": false,\n  \"modules_to_save\": null,\n"
@@ -2159,7 +2166,7 @@ static const Option OPTIONS[] = {
     {"model",        T_|G_|I_|E_, OPTION_STRING, &opt.model,        0, NULL, "a preset, a Hugging Face directory, or a run's directory"},
     {"data",         T_,       OPTION_STRING, &opt.data,         0, NULL, "training tokens: a file, 'pattern*.bin', or a directory"},
     {"val",          T_,       OPTION_STRING, &opt.val,          0, NULL, "validation tokens; default: val*.bin in the directory --data"},
-    {"out",          T_|E_,    OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs, or what is exported, go into this directory"},
+    {"out",          T_|E_,    OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs, or the exported model, go here"},
     {"task",         T_,       OPTION_CHOICE, &opt.task,         0, TRAIN_TASKS, "what the data was prepared for"},
     {"steps",        T_,       OPTION_INT,    &opt.steps,        0, NULL, "updates; 0: as many as --epochs have"},
     {"epochs",       T_,       OPTION_INT,    &opt.epochs,       1, NULL, "passes over the data"},
@@ -2167,7 +2174,7 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 1e-4 for adapters and new models (tiny 2.5e-3), 1e-5 for a checkpoint, in dpo 1e-6"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 1e-4, tiny 2.5e-3, checkpoints 1e-5, dpo 1e-6, lora x 10"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
     {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
@@ -2176,12 +2183,12 @@ static const Option OPTIONS[] = {
     {"beta2",        T_,       OPTION_FLOAT,  &opt.beta2,        0, NULL, "AdamW's mean of their squares"},
     {"eps",          T_,       OPTION_FLOAT,  &opt.eps,          0, NULL, "AdamW's epsilon"},
     {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
-    {"beta",         T_,       OPTION_FLOAT,  &opt.beta,         0, NULL, "dpo: how much the answers' log-probabilities count against each other"},
-    {"label-smoothing", T_,    OPTION_FLOAT,  &opt.label_smoothing, 0, NULL, "dpo: share of pairs that may be labelled the wrong way round"},
+    {"beta",         T_,       OPTION_FLOAT,  &opt.beta,         0, NULL, "dpo: how closely the model is held to the reference"},
+    {"label-smoothing", T_,    OPTION_FLOAT,  &opt.label_smoothing, 0, NULL, "dpo: share of pairs that may be labelled wrongly"},
     {"lora-rank",    T_|I_,    OPTION_INT,    &opt.lora_rank,    0, NULL, "train only adapters of this rank; 0: train everything"},
     {"lora-alpha",   T_|I_,    OPTION_FLOAT,  &opt.lora_alpha,   0, NULL, "adapters count alpha / rank; 0: twice the rank"},
     {"lora-targets", T_|I_,    OPTION_STRING, &opt.lora_targets, 0, NULL, "what has adapters: all, or some of q_proj,k_proj,...,down_proj"},
-    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: in sft and dpo"},
+    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: sft, dpo"},
     {"recompute",    T_|I_,    OPTION_CHOICE, &opt.recompute,    0, RECOMPUTE_NAMES, "0 keeps all, 1 no norms and SwiGLU, 2 layer inputs"},
     {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
     {"eval-tokens",  T_,       OPTION_INT,    &opt.eval_tokens,  1, NULL, "at most so many tokens of the validation data"},
@@ -2410,7 +2417,8 @@ void save_model(const Model *m, const Tokenizer *t, const char *tokenizer_from, 
     model_save(m, to, dtype);
 }
 
-// out/step_NNNNNNNN, a Hugging Face directory (with LoRA an adapter's) with AdamW's moments (and fp32 weights, if the saved ones are bf16) and trainer.json beside.
+// out/step_NNNNNNNN, a Hugging Face directory (with LoRA an adapter's), and beside it AdamW's moments (and fp32 weights, if the saved ones
+// are bf16) and trainer.json.
 // It is written under another name, flushed to the disk and renamed: a kill or a full disk leaves the checkpoints before it whole.
 void save_checkpoint(Run *run) {
     Model *m = &run->model;
@@ -2461,11 +2469,12 @@ void resume_checkpoint(Run *run, const char *from) {
     safetensors_close(&stored);
     run->step = (long)config_whole(json, path, "step", 1, INT32_MAX);
     run->position = (uint64_t)config_whole(json, path, "position", 0, 9e15);
-    const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options"), *reference = json_get(json, "reference_model");
+    const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options");
+    const Json *reference = json_get(json, "reference_model");
     char fingerprint[32];
     snprintf(fingerprint, sizeof fingerprint, "%016" PRIx64, run->train.fingerprint);
-    CHECK((opt.task == TASK_DPO) == (reference != NULL), "%s comes from another --task; to go on with this one, start from its weights: --model %s",
-          from, from);
+    CHECK((opt.task == TASK_DPO) == (reference != NULL),
+          "%s comes from another --task; to go on with this one, start from its weights: --model %s", from, from);
     if (reference && reference->type == JSON_STRING) run->reference_model = strtoull(reference->text, NULL, 16);
     CHECK(print && print->type == JSON_STRING && strcmp(print->text, fingerprint) == 0,
           "%s was trained on other data than %s; to go on with other data, start from its weights: --model %s", from, opt.data, from);
@@ -2482,9 +2491,9 @@ void resume_checkpoint(Run *run, const char *from) {
     printf("resumed %s at update %ld\n", from, run->step);
 }
 
-// DPO's reference model is the one that training begins with, and all that is needed of it is log p of every answer. This is computed once and
-// kept in a file beside the data, so that no second model stays in memory and the next run with the same model and data begins at once. The
-// file is named by all that its numbers depend on.
+// DPO's reference model is the one that training begins with, and all that is needed of it is log p of every answer. This is computed once
+// and kept in a file beside the data, so that no second model stays in memory and the next run with the same model and data begins at
+// once. The file is named by all that its numbers depend on.
 typedef struct { char magic[8]; uint64_t model, data, documents, T, checksum; char precision[8]; } ReferenceHeader;
 
 // The numbers in the file `path` if they are those that `wanted` names, else NULL.
@@ -2526,22 +2535,23 @@ double *reference_compute(Run *run, const Loader *l) {
     run->dpo.measuring = false;
     batch_free(&batch);
     for (uint64_t d = 0; d < l->num_documents; d++)
-        CHECK(isfinite(run->dpo.reference[d]), "the model gives answer %" PRIu64 " of %s a log-probability of %g; its weights are damaged", d,
-              l->shards[0].path, run->dpo.reference[d]);
+        CHECK(isfinite(run->dpo.reference[d]), "the model gives answer %" PRIu64 " of %s a log-probability of %g; its weights are damaged",
+              d, l->shards[0].path, run->dpo.reference[d]);
     return run->dpo.reference;
 }
 
-// Reads or computes the numbers for all documents of the loader. A resumed run's model is no longer the reference, so there the file must exist.
+// Reads or computes the numbers for all documents of the loader. A resumed run's model is no longer the reference: then the file must
+// be there.
 double *reference_open(Run *run, const Loader *l) {
-    uint64_t T = l->num_cut + l->num_dropped > 0 ? (uint64_t)l->T : 0;               // where rows end matters only if something is cut there
+    uint64_t T = l->num_cut + l->num_dropped > 0 ? (uint64_t)l->T : 0;               // where rows end matters if something is cut there
     ReferenceHeader header = {"QWENREF", run->reference_model, l->fingerprint, l->num_documents, T, 0, PRECISION};
     const char *slash = strrchr(l->shards[0].path, '/');
     const char *path = path_of("%.*sreference_%016" PRIx64 ".f64", slash ? (int)(slash + 1 - l->shards[0].path) : 0, l->shards[0].path,
                                fnv1a(FNV_START, (const char *)&header, sizeof header));
     double *log_p = reference_read(path, header);
     if (log_p) return printf("reference from %s\n", path), log_p;
-    CHECK(!opt.resume, "%s is gone: the reference model's log-probabilities. A fresh run with the same --model, --data, --val and --seq and another "
-          "--out makes it again; then resume", path);
+    CHECK(!opt.resume, "%s is gone: the reference model's log-probabilities. A fresh run with the same --model, --data, --val and --seq "
+          "and another --out makes it again; then resume", path);
     const char *directory = path_of("%.*s", slash ? (int)(slash - l->shards[0].path) : 1, slash ? l->shards[0].path : ".");
     CHECK(access(directory[0] ? directory : "/", W_OK) == 0, "cannot write into %s (%s), where %s is to be kept, the reference model's "
           "log-probabilities; copy the data into a directory of yours", directory, strerror(errno), path);
@@ -2633,14 +2643,16 @@ LoraOptions lora_options(void) {
     LoraOptions o = {(int)opt.lora_rank, (float)(opt.lora_alpha > 0 ? opt.lora_alpha : 2.0 * (double)opt.lora_rank), 0};
     CHECK(opt.lora_rank <= MOST_LORA_RANK, "--lora-rank is %ld, it must be at most %d", opt.lora_rank, MOST_LORA_RANK);
     if (strcmp(opt.lora_targets, "all") == 0) o.targets = (1u << NUM_LORA_TARGETS) - 1;
-    for (const char *at = opt.lora_targets, *end; o.targets != (1u << NUM_LORA_TARGETS) - 1 && *at; at = *end ? end + 1 : end) {
-        int i = 0;
-        end = at + strcspn(at, ",");
-        while (i < NUM_LORA_TARGETS && !(strlen(LORA_TARGETS[i]) == (size_t)(end - at) && strncmp(at, LORA_TARGETS[i], (size_t)(end - at)) == 0)) i++;
-        CHECK(i < NUM_LORA_TARGETS, "--lora-targets: '%.*s' is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
-              (int)(end - at), at);
-        o.targets |= 1u << i;
-    }
+    else
+        for (const char *at = opt.lora_targets; *at;) {
+            size_t length = strcspn(at, ",");
+            int i = 0;
+            while (i < NUM_LORA_TARGETS && (strlen(LORA_TARGETS[i]) != length || strncmp(at, LORA_TARGETS[i], length) != 0)) i++;
+            CHECK(i < NUM_LORA_TARGETS, "--lora-targets: '%.*s' is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+                  (int)length, at);
+            o.targets |= 1u << i;
+            at += length + (at[length] == ',');
+        }
     CHECK(o.rank == 0 || o.targets != 0, "--lora-targets is empty; there must be something to train");
     return o;
 }
@@ -2724,7 +2736,10 @@ void resolve_options(Run *run, bool from_checkpoint) {
           opt.weight_decay);
     CHECK(opt.beta > 0, "--beta is %g, it must be above 0", opt.beta);
     CHECK(opt.label_smoothing < 0.5, "--label-smoothing is %g, it must be below 0.5: then no label says anything", opt.label_smoothing);
-    if (opt.lr == 0) opt.lr = opt.lora_rank > 0 ? 1e-4 : opt.task == TASK_DPO ? 1e-6 : from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
+    if (opt.lr != 0) return;
+    if (strcmp(opt.model, "tiny") == 0) opt.lr = 2.5e-3;
+    else if (!from_checkpoint) opt.lr = 1e-4;
+    else opt.lr = (opt.task == TASK_DPO ? 1e-6 : 1e-5) * (opt.lora_rank > 0 ? 10 : 1);
 }
 
 // --model, --data and --val of the interrupted run, where they are not given again.
@@ -2756,7 +2771,8 @@ void run_lora(Run *run, const char *checkpoint) {
     if (!opt.resume) {
         bool v1;
         model_config(checkpoint, &v1);
-        CHECK(!is_adapter(checkpoint), "--model %s is itself an adapter; --resume goes on with it, or ./" PROGRAM " export merges it first", opt.model);
+        CHECK(!is_adapter(checkpoint), "--model %s is itself an adapter; --resume goes on with it, or ./" PROGRAM " export merges it first",
+              opt.model);
         CHECK(!v1, "--model %s is a Qwen v1 model, for which PEFT has no names; ./" PROGRAM " export makes it a qwen2 first", opt.model);
         char *base = realpath(checkpoint, NULL);
         CHECK(base, "%s: %s", checkpoint, strerror(errno));
@@ -2773,7 +2789,8 @@ void run_lora(Run *run, const char *checkpoint) {
     char targets[128] = "";
     bool all = o.targets == (1u << NUM_LORA_TARGETS) - 1;
     for (int i = 0; i < NUM_LORA_TARGETS && !all; i++)
-        if (o.targets >> i & 1) snprintf(targets + strlen(targets), sizeof targets - strlen(targets), "%s%s", targets[0] ? "," : "", LORA_TARGETS[i]);
+        if (o.targets >> i & 1)
+            snprintf(targets + strlen(targets), sizeof targets - strlen(targets), "%s%s", targets[0] ? "," : "", LORA_TARGETS[i]);
     opt.lora_rank = o.rank, opt.lora_alpha = (double)o.alpha, opt.lora_targets = all ? "all" : path_of("%s", targets);
 }
 
@@ -2871,7 +2888,8 @@ void print_run(const Run *run) {
     printf("data      %s: %s tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, count_text(l->num_tokens), l->num_shards,
            l->num_shards == 1 ? "" : "s", l->num_rows, l->T);
     if (run->has_val) printf("; validation %s tokens", count_text(run->val.num_tokens));
-    if (l->num_cut > 0) printf("\n          %" PRIu64 " documents are longer than %d tokens and are cut there", l->num_cut, document_room(l));
+    if (l->num_cut > 0)
+        printf("\n          %" PRIu64 " documents are longer than %d tokens and are cut there", l->num_cut, document_room(l));
     if (l->num_dropped > 0)
         printf("\n          %" PRIu64 " %s have no answer within %d tokens and are dropped", l->num_dropped,
                l->task == TASK_DPO ? "pairs" : "documents", document_room(l));
@@ -3039,7 +3057,8 @@ void print_info(void) {
     TensorTable table = tensor_table(&c);
     double flops = flops_per_token(&c, T);
     LoraOptions lora = lora_options(), none = {};
-    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute, &lora), all = machine_plan(&c, B, T, (Recompute)opt.recompute, &none);
+    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute, &lora);
+    MemoryPlan all = machine_plan(&c, B, T, (Recompute)opt.recompute, &none);
     double saved = all.weights + all.gradients + all.moments - plan.weights - plan.gradients - plan.moments;
     double fixed = plan.weights + plan.gradients + plan.moments;
     if (opt.json) {
@@ -3075,8 +3094,8 @@ void print_info(void) {
     }
     if (lora.rank > 0) {
         Lora l = lora_layout(&c, &table, &lora);
-        printf("adapters of rank %d on %s: %s parameters are trained, which takes %.3f GB less than to train all\n", lora.rank, opt.lora_targets,
-               count_text(l.table.num_params), saved / 1e9);
+        printf("adapters of rank %d on %s: %s parameters are trained, which takes %.3f GB less than to train all\n", lora.rank,
+               opt.lora_targets, count_text(l.table.num_params), saved / 1e9);
         lora_free(&l);
     }
     free(table.list);

@@ -1352,19 +1352,20 @@ void lora_backward_gpu(Model *m, int l) {
         const LoraMatrix *x = &lora->matrices[k];
         const float *dW = g->layer_grads + x->in_layer, *A = g->master + x->a, *B = g->master + x->b;
         float *dA = g->grads_memory + x->a, *dB = g->grads_memory + x->b;
-        int parts = x->outputs < LORA_PARTS ? x->outputs : LORA_PARTS;
-        lora_db_kernel<<<dim3(ceil_div(x->outputs, 8), groups), 8 * WARP, 0, stream>>>(dB, dW, A, x->outputs, x->inputs, rank);
+        int outputs = x->outputs, inputs = x->inputs, parts = outputs < LORA_PARTS ? outputs : LORA_PARTS;
+        lora_db_kernel<<<dim3(ceil_div(outputs, 8), groups), 8 * WARP, 0, stream>>>(dB, dW, A, outputs, inputs, rank);
         checkLaunch();
-        lora_da_kernel<<<dim3(ceil_div(x->inputs, 128), groups, parts), 128, 0, stream>>>(g->lora_scratch, dW, B, x->outputs, x->inputs, rank);
+        lora_da_kernel<<<dim3(ceil_div(inputs, 128), groups, parts), 128, 0, stream>>>(g->lora_scratch, dW, B, outputs, inputs, rank);
         checkLaunch();
-        sum_partials_gpu(dA, g->lora_scratch, parts, rank * x->inputs);
+        sum_partials_gpu(dA, g->lora_scratch, parts, rank * inputs);
     }
     cudaCheck(cudaMemsetAsync(g->layer_grads, 0, layer_floats(&m->table) * sizeof(float), stream));
 }
 
 // W = base + scale B A. A block takes LORA_ROWS rows, a thread one column of them.
 enum { LORA_ROWS = 8 };
-__global__ void lora_merge_kernel(floatX *W, const floatX *base, const float *A, const float *B, float scale, int outputs, int inputs, int rank) {
+__global__ void lora_merge_kernel(floatX *W, const floatX *base, const float *A, const float *B, float scale, int outputs, int inputs,
+                                  int rank) {
     int c = blockIdx.x * blockDim.x + threadIdx.x, o0 = blockIdx.y * LORA_ROWS;
     if (c >= inputs) return;
     float sum[LORA_ROWS] = {};
@@ -1382,9 +1383,11 @@ void lora_merge_gpu(Model *m) {
     Gpu *g = m->gpu;
     for (int k = 0; k < lora->count; k++) {
         const LoraMatrix *x = &lora->matrices[k];
-        dim3 grid(ceil_div(x->inputs, 128), ceil_div(x->outputs, LORA_ROWS));
+        floatX *W = g->params_memory + x->weight, *base = g->base + x->base;
         const float *A = g->master + x->a, *B = g->master + x->b;
-        lora_merge_kernel<<<grid, 128, 0, stream>>>(g->params_memory + x->weight, g->base + x->base, A, B, lora->scale, x->outputs, x->inputs, lora->options.rank);
+        int outputs = x->outputs, inputs = x->inputs, rank = lora->options.rank;
+        dim3 grid(ceil_div(inputs, 128), ceil_div(outputs, LORA_ROWS));
+        lora_merge_kernel<<<grid, 128, 0, stream>>>(W, base, A, B, lora->scale, outputs, inputs, rank);
         checkLaunch();
     }
 }
@@ -1481,9 +1484,9 @@ __global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs
 void adamw_gpu(Model *m, const AdamW *o, long step) {
     Gpu *g = m->gpu;
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step))), correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    float *masters = g->master, *ms = g->m_memory, *vs = g->v_memory;
-    floatX *rounded = sizeof(floatX) == sizeof(float) || m->lora ? NULL : g->params_memory;      // written only where they are something else
-    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(rounded, masters, ms, vs, g->grads_memory, g->chunks, g->result, *o, correct1, correct2);
+    float *masters = g->master, *grads = g->grads_memory, *ms = g->m_memory, *vs = g->v_memory;
+    floatX *rounded = sizeof(floatX) == sizeof(float) || m->lora ? NULL : g->params_memory;      // NULL: there are no others
+    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(rounded, masters, ms, vs, grads, g->chunks, g->result, *o, correct1, correct2);
     checkLaunch();
 }
 
@@ -1693,12 +1696,14 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
             g->base = device_alloc<floatX>(m->lora->base_floats);
             for (int k = 0; k < m->lora->count; k++) {
                 const LoraMatrix *x = &m->lora->matrices[k];
-                cudaCheck(cudaMemcpyAsync(g->base + x->base, g->params_memory + x->weight, sizeof(floatX) * (size_t)x->outputs * (size_t)x->inputs,
-                                          cudaMemcpyDeviceToDevice, stream));
+                size_t weight_bytes = sizeof(floatX) * (size_t)x->outputs * (size_t)x->inputs;
+                floatX *W = g->params_memory + x->weight;
+                cudaCheck(cudaMemcpyAsync(g->base + x->base, W, weight_bytes, cudaMemcpyDeviceToDevice, stream));
             }
             g->master = device_alloc<float>(count);
             to_device(g->master, host.params, bytes);
-            g->layer_grads = device_alloc<float>(layer_floats(&m->table)), g->lora_scratch = device_alloc<float>(lora_scratch_floats(m->lora));
+            g->layer_grads = device_alloc<float>(layer_floats(&m->table));
+            g->lora_scratch = device_alloc<float>(lora_scratch_floats(m->lora));
             cudaCheck(cudaMemsetAsync(g->layer_grads, 0, layer_floats(&m->table) * sizeof(float), stream));
             lora_merge_gpu(m);
         }

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Models and tokenizers to and from transformers, in both directions, without remote code.
 
-    pip install torch transformers safetensors
+    pip install torch transformers safetensors peft
     make train_qwen prepare tiny_baike && python dev/test/interop.py          from the repository root
 
 Every family (Qwen v1, Qwen1.5, Qwen2, Qwen2.5, Qwen3) as transformers writes it today and with the keys that its published config.json has;
@@ -12,6 +12,7 @@ fp32, bf16 and fp16; one file or shards with an index; tied or not. Shapes are t
     back    exporting the export gives the same bytes
 Tokenizers, for the full and a trimmed vocabulary: AutoTokenizer on what a training run saves gives the ids of ./prepare tokenize, and its
 chat template the tokens of ./prepare --task sft. A model that comes with its own tokenizer files keeps them, chat template included.
+Adapters: peft loads what --lora-rank trains, with the same logits.
 Qwen v1 has no class in transformers: the one of reference.py stands for its remote code.
 """
 import json
@@ -20,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -236,10 +238,36 @@ def test_tokenizer(name, checkpoint, tokenizer_file, work):
     check(len(theirs) <= AutoConfig.from_pretrained(checkpoint).vocab_size, f"{name}: {len(theirs)} tokens fit the embedding")
 
 
-def trained(data, model, out):
-    run("./train_qwen", "--data", data, "--model", model, "--steps", 1, "--batch", 1, "--seq", 32, "--sample-every", 0, "--eval-tokens", 32,
-        "--out", out)
+def trained(data, model, out, *options):
+    run("./train_qwen", "--data", data, "--model", model, "--steps", 2, "--batch", 1, "--seq", 32, "--sample-every", 0, "--eval-tokens", 32,
+        "--warmup", 0, "--out", out, *options)
     return sorted(Path(out).glob("step_*"))[-1]
+
+
+def test_peft(work):
+    """Adapters: those of ./train_qwen in peft. (peft's in ./train_qwen: test_align.c, from the fixtures of reference_lora.py.)"""
+    import peft
+    print(f"peft {peft.__version__}")
+    base = trained("data/tiny_baike", "tiny", work / "base")
+    for name, options in (("all projections", ["--lora-rank", 4]), ("two projections", ["--lora-rank", 8, "--lora-alpha", 4, "--lora-targets", "k_proj,up_proj"])):
+        adapter = trained("data/tiny_baike", base, work / f"lora {name}", "--lr", 0.05, *options)
+        ours = our_logits(adapter)
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)          # a missing or left-over tensor is a warning of peft
+            model = peft.PeftModel.from_pretrained(plain, adapter)
+            logits = model(torch.tensor([IDS]), use_cache=False).logits[0]
+        check(close(logits, ours), f"adapter of {name}: in peft, largest difference {(logits - ours).abs().max():.1e} of logits up to {ours.abs().max():.1f}")
+        distance = (ours - our_logits(base)).abs().max()
+        check(distance > 0.01, f"adapter of {name}: it changes the logits, by up to {distance:.2f}")
+        again = AutoModelForCausalLM.from_pretrained(adapter, dtype=torch.float32, attn_implementation="eager")
+        with torch.no_grad():
+            logits = again(torch.tensor([IDS]), use_cache=False).logits[0]
+        check(close(logits, ours), f"adapter of {name}: transformers loads its directory, base and all")
+        merged = work / f"merged {name}"
+        run("./train_qwen", "export", "--model", adapter, "--out", merged)
+        logits, loading, _ = their_logits(merged)
+        check(close(logits, ours) and not loading, f"adapter of {name}: exported, it is a plain model with the same logits")
 
 
 def test_tokenizers(work):
@@ -292,5 +320,6 @@ if __name__ == "__main__":
         run("cc", "-std=c11", "-O2", "-o", harness, "dev/test/logits.c", "-lm")
         test_models(work)
         test_tokenizers(work)
+        test_peft(work)
     print("failed", failed)
     sys.exit(failed > 0)

@@ -106,7 +106,7 @@ bench: build/cpu_bench
 	OMP_WAIT_POLICY=active build/cpu_bench
 
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
-TESTS := test_train test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
+TESTS := test_train test_align test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)
@@ -116,11 +116,13 @@ build/sanitized_%: dev/test/%.c build/flags
 # The CUDA code without a GPU: the check against the CPU in both precisions and several orders of threads, the kernels in isolation, and the
 # emulator's own tests. test-emu-asan and test-emu-tsan do the first with sanitizers, on a few cases.
 KERNELS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
-EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/train_bf16 build/emu/train_fp32 build/emu/semantics build/emu/nccl_test
+EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/train_bf16 build/emu/train_fp32 build/emu/align_bf16 build/emu/align_fp32 build/emu/semantics build/emu/nccl_test
 RUN_EMU := OMP_WAIT_POLICY=passive
 $(KERNELS:%=build/%): build/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
 build/emu/test_%: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
+build/emu/align_%: dev/test/test_align.cu dev/test/test_align.c $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
 build/emu/train_%: train_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
@@ -139,6 +141,8 @@ test-emu: train_qwen $(TINY)/train.bin | build
 	    echo "test_qwencu bf16, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
 	for order in 0 2; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_fp32 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
 	    echo "test_qwencu fp32, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
+	for precision in bf16 fp32; do $(RUN_EMU) build/emu/align_$$precision > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
+	    echo "DPO and LoRA of train_qwencu, $$precision: $$(tail -n 1 build/emu/log)"; done
 	for kernel in $(KERNELS); do $(RUN_EMU) build/emu/$$kernel > build/emu/log || { cat build/emu/log; exit 1; }; \
 	    echo "dev/cuda/$$kernel.cu: $$(tail -n 1 build/emu/log)"; done
 	for own in semantics nccl_test; do $(RUN_EMU) build/emu/$$own > build/emu/log 2>&1 || { cat build/emu/log; exit 1; }; \
@@ -186,6 +190,7 @@ test: $(PROGRAMS) chat $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TEST
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
 	build/cpu_matmul check
+	sh dev/test/test_align.sh
 	$(MAKE) -s test-emu test-nvcc test-gpu
 	@echo "all tests passed"
 

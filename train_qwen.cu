@@ -236,6 +236,16 @@ void gemm_gpu(void *D, const void *C, const floatX *A, bool a_transposed, const 
                                cublaslt_workspace, WORKSPACE_BYTES, stream));
 }
 
+// Copies between host and device, in the order of the stream. (A plain cudaMemcpy may return before its last bytes are on the
+// device, and our stream does not wait for it.)
+void to_device(void *device, const void *host, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
+}
+void to_host(void *host, const void *device, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
+    cudaCheck(cudaStreamSynchronize(stream));
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // SECTION 4. Layers, forward and backward
 //
@@ -369,11 +379,11 @@ __global__ void column_sums_kernel(float *partials, const floatX *dout, int N, i
     for (int n = blockIdx.y; n < N; n += gridDim.y) sum += to_float(dout[(size_t)n * OC + c]);
     partials[(size_t)blockIdx.y * OC + c] = sum;
 }
-// dinp (N, C) = dout weight;  dweight (OC, C) += dout^T inp;  dbias += column sums of dout, if dbias is there
+// dinp (N, C) = dout weight;  dweight (OC, C) += dout^T inp;  dbias += column sums of dout, where they are there
 void matmul_backward_gpu(floatX *dinp, float *dweight, float *dbias, const floatX *dout, const floatX *inp, const floatX *weight,
                          float *scratch, int N, int C, int OC) {
     gemm_gpu(dinp, NULL, weight, false, dout, false, NULL, C, N, OC, sizeof(floatX) == 4);
-    gemm_gpu(dweight, dweight, inp, false, dout, true, NULL, C, OC, N, true);
+    if (dweight) gemm_gpu(dweight, dweight, inp, false, dout, true, NULL, C, OC, N, true);
     if (!dbias) return;
     int parts = N < PARTS ? N : PARTS, threads = row_threads(OC, 128);
     column_sums_kernel<<<dim3(ceil_div(OC, threads), parts), threads, 0, stream>>>(scratch, dout, N, OC);
@@ -1230,8 +1240,10 @@ typedef struct { size_t offset; int count; Decay decay; } Chunk;  // a piece of 
 typedef struct Gpu {
     ParamsGpu params;
     floatX *params_memory;
-    float *master, *grads_memory, *m_memory, *v_memory;          // num_params each. In fp32, master is params_memory itself
+    float *master, *grads_memory, *m_memory, *v_memory;          // of what is trained. In fp32, master is params_memory itself without LoRA
     Params grads;                                                // device pointers
+    floatX *base;                                                // LoRA: as Lora.base, in floatX, which is exact for checkpoints in bf16
+    float *layer_grads, *lora_scratch;                           // (layer_floats), partial sums
     ActivationsGpu acts;
     float *rope;
     Chunk *chunks;
@@ -1241,6 +1253,7 @@ typedef struct Gpu {
     floatX *cache_k, *cache_v;                                   // (L, positions, NKV HD), as KVCache
     int cache_length, *decode_tokens;
     float *logits_host;                                          // (V)
+    float *losses_host;                                          // (B T)   for dpo_weights
 } Gpu;
 
 // Attention of T new tokens after `past` others, whose keys and values join the cache of the layer.
@@ -1316,24 +1329,117 @@ void layer_backward_gpu(Model *m, int l, const int *start, int B, int T) {
     rmsnorm_backward_gpu(g->dx, dp->norm1, g->dh, a->x, p->norm1, a->rstd1, g->scratch, N, C, ACCUMULATE);
 }
 
+// LoRA: see train_qwen.c. dB (outputs, rank) += dW A^T: a warp takes a row of dW, LORA_RANKS ranks at a time.
+enum { LORA_RANKS = 8, LORA_PARTS = 32 };
+__global__ void lora_db_kernel(float *dB, const float *dW, const float *A, int outputs, int inputs, int rank) {
+    int o = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, k0 = blockIdx.y * LORA_RANKS;
+    if (o >= outputs) return;
+    float sum[LORA_RANKS] = {};
+    for (int c = lane; c < inputs; c += WARP) {
+        float d = dW[(size_t)o * inputs + c];
+        for (int k = 0; k < LORA_RANKS; k++) if (k0 + k < rank) sum[k] += d * A[(size_t)(k0 + k) * inputs + c];
+    }
+    for (int k = 0; k < LORA_RANKS; k++) {
+        float all = warp_sum(sum[k]);
+        if (lane == 0 && k0 + k < rank) dB[(size_t)o * rank + k0 + k] += all;
+    }
+}
+// partials (parts, rank, inputs): B^T dW over every parts-th row; their sum is added to dA. A thread takes a column.
+__global__ void lora_da_kernel(float *partials, const float *dW, const float *B, int outputs, int inputs, int rank) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x, k0 = blockIdx.y * LORA_RANKS;
+    if (c >= inputs) return;
+    float sum[LORA_RANKS] = {};
+    for (int o = blockIdx.z; o < outputs; o += gridDim.z) {
+        float d = dW[(size_t)o * inputs + c];
+        for (int k = 0; k < LORA_RANKS; k++) if (k0 + k < rank) sum[k] += d * B[(size_t)o * rank + k0 + k];
+    }
+    for (int k = 0; k < LORA_RANKS; k++)
+        if (k0 + k < rank) partials[((size_t)blockIdx.z * rank + k0 + k) * inputs + c] = sum[k];
+}
+void lora_backward_gpu(Model *m, int l) {
+    const Lora *lora = m->lora;
+    Gpu *g = m->gpu;
+    int rank = lora->options.rank, groups = ceil_div(rank, LORA_RANKS);
+    for (int k = l * lora->per_layer; k < (l + 1) * lora->per_layer; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        const float *dW = g->layer_grads + x->in_layer, *A = g->master + x->a, *B = g->master + x->b;
+        float *dA = g->grads_memory + x->a, *dB = g->grads_memory + x->b;
+        int outputs = x->outputs, inputs = x->inputs, parts = outputs < LORA_PARTS ? outputs : LORA_PARTS;
+        lora_db_kernel<<<dim3(ceil_div(outputs, 8), groups), 8 * WARP, 0, stream>>>(dB, dW, A, outputs, inputs, rank);
+        checkLaunch();
+        lora_da_kernel<<<dim3(ceil_div(inputs, 128), groups, parts), 128, 0, stream>>>(g->lora_scratch, dW, B, outputs, inputs, rank);
+        checkLaunch();
+        sum_partials_gpu(dA, g->lora_scratch, parts, rank * inputs);
+    }
+    cudaCheck(cudaMemsetAsync(g->layer_grads, 0, layer_floats(&m->table) * sizeof(float), stream));
+}
+
+// W = base + scale B A. A block takes LORA_ROWS rows, a thread one column of them.
+enum { LORA_ROWS = 8 };
+__global__ void lora_merge_kernel(floatX *W, const floatX *base, const float *A, const float *B, float scale, int outputs, int inputs,
+                                  int rank) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x, o0 = blockIdx.y * LORA_ROWS;
+    if (c >= inputs) return;
+    float sum[LORA_ROWS] = {};
+    for (int k = 0; k < rank; k++) {
+        float a = A[(size_t)k * inputs + c];
+        for (int i = 0; i < LORA_ROWS; i++) if (o0 + i < outputs) sum[i] += B[(size_t)(o0 + i) * rank + k] * a;
+    }
+    for (int i = 0; i < LORA_ROWS && o0 + i < outputs; i++) {
+        size_t at = (size_t)(o0 + i) * inputs + c;
+        W[at] = to_floatX(to_float(base[at]) + scale * sum[i]);
+    }
+}
+void lora_merge_gpu(Model *m) {
+    const Lora *lora = m->lora;
+    Gpu *g = m->gpu;
+    for (int k = 0; k < lora->count; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        floatX *W = g->params_memory + x->weight, *base = g->base + x->base;
+        const float *A = g->master + x->a, *B = g->master + x->b;
+        int outputs = x->outputs, inputs = x->inputs, rank = lora->options.rank;
+        dim3 grid(ceil_div(inputs, 128), ceil_div(outputs, LORA_ROWS));
+        lora_merge_kernel<<<grid, 128, 0, stream>>>(W, base, A, B, lora->scale, outputs, inputs, rank);
+        checkLaunch();
+    }
+}
+
 void model_backward_gpu(Model *m, const BatchGpu *batch, int B, int T) {
     const Config *c = &m->config;
     ActivationsGpu *a = &m->gpu->acts;
     rmsnorm_backward_gpu(a->dx, m->gpu->grads.norm, a->dh, a->x_last, m->gpu->params.norm, a->rstd, a->scratch, B * T, c->C, OVERWRITE);
-    for (int l = c->L - 1; l >= 0; l--) layer_backward_gpu(m, l, batch->start, B, T);
-    embedding_backward_gpu(m->gpu->grads.wte, a->dx, batch->order, batch->tokens, B * T, c->C);
+    for (int l = c->L - 1; l >= 0; l--) {
+        layer_backward_gpu(m, l, batch->start, B, T);
+        if (m->lora) lora_backward_gpu(m, l);
+    }
+    if (!m->lora) embedding_backward_gpu(m->gpu->grads.wte, a->dx, batch->order, batch->tokens, B * T, c->C);
 }
 
 // Adds the sum of weight * loss of a batch on the device to result->loss, and with TRAIN the gradient of scale times it to the gradients.
-void model_loss_gpu(Model *m, const BatchGpu *batch, int B, int T, float scale, Pass pass) {
+// In DPO the host makes the weights, in its copy of the batch, as on the CPU: it waits for the losses, and returns the pairs' losses.
+double model_loss_gpu(Model *m, const Batch *host, const BatchGpu *batch, int B, int T, float scale, Pass pass) {
     ActivationsGpu *a = &m->gpu->acts;
     const Config *c = &m->config;
+    double pair_losses = 0;
+    size_t bytes = sizeof(float) * (size_t)B * (size_t)T;
     model_forward_gpu(m, batch->tokens, batch->start, B, T, NO_CACHE);
-    classifier_gpu(a->losses, pass == TRAIN ? a->dh : NULL, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets,
-                   batch->weights, scale, a->logits, classifier_rows_gpu, B * T, c->C, c->V);
-    if (pass == TRAIN) model_backward_gpu(m, batch, B, T);
+    if (m->dpo || pass == EVALUATE)
+        classifier_gpu(a->losses, NULL, NULL, a->h, m->gpu->params.head, batch->targets, batch->weights, 0, a->logits, classifier_rows_gpu,
+                       B * T, c->C, c->V);
+    if (m->dpo) {
+        to_host(m->gpu->losses_host, a->losses, bytes);
+        pair_losses = dpo_weights(m->dpo, host, m->gpu->losses_host, B, T);
+        to_device(batch->weights, host->weights, bytes);
+    }
+    if (pass == TRAIN) {
+        if (m->lora) scale *= m->lora->scale;
+        classifier_gpu(a->losses, a->dh, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets, batch->weights, scale, a->logits,
+                       classifier_rows_gpu, B * T, c->C, c->V);
+        model_backward_gpu(m, batch, B, T);
+    }
     loss_sum_kernel<<<1, 256, 0, stream>>>(&m->gpu->result->loss, a->losses, batch->weights, B * T);
     checkLaunch();
+    return pair_losses;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1383,15 +1489,16 @@ __global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs
         float v = vs[i] = o.beta2 * vs[i] + (1.0f - o.beta2) * g * g;
         float p = master[i] * keep - o.lr * (m * correct1) / (sqrtf(v * correct2) + o.eps);
         master[i] = p;
-        if (sizeof(floatX) != sizeof(float)) params[i] = to_floatX(p);
+        if (params) params[i] = to_floatX(p);
         grads[i] = 0;
     }
 }
 void adamw_gpu(Model *m, const AdamW *o, long step) {
     Gpu *g = m->gpu;
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step))), correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(g->params_memory, g->master, g->m_memory, g->v_memory, g->grads_memory, g->chunks,
-                                                    g->result, *o, correct1, correct2);
+    float *masters = g->master, *grads = g->grads_memory, *ms = g->m_memory, *vs = g->v_memory;
+    floatX *rounded = sizeof(floatX) == sizeof(float) || m->lora ? NULL : g->params_memory;      // NULL: there are no others
+    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(rounded, masters, ms, vs, grads, g->chunks, g->result, *o, correct1, correct2);
     checkLaunch();
 }
 
@@ -1461,25 +1568,28 @@ template <typename T> T *pinned_alloc(size_t count) {
     return p;
 }
 
-// Copies between host and device, in the order of the stream. (A plain cudaMemcpy may return before its last bytes are on the
-// device, and our stream does not wait for it.)
-void to_device(void *device, const void *host, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
-}
-void to_host(void *host, const void *device, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
-    cudaCheck(cudaStreamSynchronize(stream));
+size_t lora_scratch_floats(const Lora *lora) {
+    size_t most = 0;
+    for (int k = 0; k < lora->count; k++) if ((size_t)lora->matrices[k].inputs > most) most = (size_t)lora->matrices[k].inputs;
+    return (size_t)LORA_PARTS * most * (size_t)lora->options.rank;
 }
 
 // Keys, or values, of a sequence of `positions` tokens, in all layers.
 size_t cache_floats(const Config *c, int positions) { return (size_t)c->L * (size_t)positions * (size_t)(c->NKV * c->HD); }
 
-MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute, const LoraOptions *options) {
     TensorTable table = tensor_table(c);
     double params = (double)table.num_params;
     MemoryPlan plan = {(sizeof(floatX) == 4 ? 4.0 : 4.0 + sizeof(floatX)) * params, 4 * params, 8 * params,
                        (double)activations_bytes_gpu(c, B, T, recompute, true) + WORKSPACE_BYTES +
                            2.0 * (double)sizeof(floatX) * (double)cache_floats(c, T)};
+    if (options->rank > 0) {
+        Lora lora = lora_layout(c, &table, options);
+        double adapters = 4.0 * (double)lora.table.num_params;
+        plan.weights = sizeof(floatX) * (params + (double)lora.base_floats) + adapters;
+        plan.gradients = 4.0 * (double)(layer_floats(&table) + lora_scratch_floats(&lora)) + adapters, plan.moments = 2 * adapters;
+        lora_free(&lora);
+    }
     free(table.list);
     return plan;
 }
@@ -1573,6 +1683,7 @@ BatchGpu upload_batch(Gpu *g, const Batch *batch, size_t at, int N) {
     return device;
 }
 
+enum { UPLOAD_FLOATS = 1 << 24 };                                // fp32 weights that are on the device at a time where it keeps only bf16
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass) {
     device_open();
     CHECK(B <= 65535, "--batch %d: a GPU takes at most 65535 rows; use --accum", B);           // attention's grid has a z for each
@@ -1582,28 +1693,51 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
     bool training = pass == TRAIN;
     m->B = B, m->T = T, m->positions = positions, m->recompute = recompute;
 
-    g->master = device_alloc<float>(params);
-    to_device(g->master, m->params_memory, params * sizeof(float));
+    bool has_master = training && !m->lora;                      // fp32 weights for AdamW
+    if (has_master || sizeof(floatX) == sizeof(float)) {
+        g->master = device_alloc<float>(params);
+        to_device(g->master, m->params_memory, params * sizeof(float));
+    }
 #ifdef QWEN_FP32
     g->params_memory = g->master;
 #else
     g->params_memory = device_alloc<floatX>(params);
-    convert_kernel<<<blocks_for(params, 256), 256, 0, stream>>>(g->params_memory, g->master, params);
-    checkLaunch();
-    if (!training) {                                             // only AdamW needs the masters
-        cudaCheck(cudaStreamSynchronize(stream));
-        cudaCheck(cudaFree(g->master));
-        g->master = NULL;
+    float *piece = has_master ? NULL : device_alloc<float>(UPLOAD_FLOATS);
+    for (size_t i = 0; i < params; i += UPLOAD_FLOATS) {
+        size_t count = params - i < UPLOAD_FLOATS ? params - i : UPLOAD_FLOATS;
+        if (piece) to_device(piece, m->params_memory + i, count * sizeof(float));
+        convert_kernel<<<blocks_for(count, 256), 256, 0, stream>>>(g->params_memory + i, piece ? piece : g->master + i, count);
+        checkLaunch();
     }
+    cudaCheck(cudaStreamSynchronize(stream));
+    cudaCheck(cudaFree(piece));
 #endif
     params_point_gpu(&g->params, c, g->params_memory);
     if (training) {
-        g->grads_memory = device_alloc<float>(params), g->m_memory = device_alloc<float>(params), g->v_memory = device_alloc<float>(params);
-        cudaCheck(cudaMemsetAsync(g->grads_memory, 0, params * sizeof(float), stream));
-        to_device(g->m_memory, m->m_memory, params * sizeof(float));
-        to_device(g->v_memory, m->v_memory, params * sizeof(float));
-        params_point(&g->grads, c, g->grads_memory);
-        Chunk *chunks = make_chunks(&m->table, &g->num_chunks);
+        Trained host = trained(m);
+        size_t count = host.table->num_params, bytes = count * sizeof(float);
+        if (m->lora) {
+            g->base = device_alloc<floatX>(m->lora->base_floats);
+            for (int k = 0; k < m->lora->count; k++) {
+                const LoraMatrix *x = &m->lora->matrices[k];
+                size_t weight_bytes = sizeof(floatX) * (size_t)x->outputs * (size_t)x->inputs;
+                floatX *W = g->params_memory + x->weight;
+                cudaCheck(cudaMemcpyAsync(g->base + x->base, W, weight_bytes, cudaMemcpyDeviceToDevice, stream));
+            }
+            g->master = device_alloc<float>(count);
+            to_device(g->master, host.params, bytes);
+            g->layer_grads = device_alloc<float>(layer_floats(&m->table));
+            g->lora_scratch = device_alloc<float>(lora_scratch_floats(m->lora));
+            cudaCheck(cudaMemsetAsync(g->layer_grads, 0, layer_floats(&m->table) * sizeof(float), stream));
+            lora_merge_gpu(m);
+        }
+        g->grads_memory = device_alloc<float>(count), g->m_memory = device_alloc<float>(count), g->v_memory = device_alloc<float>(count);
+        cudaCheck(cudaMemsetAsync(g->grads_memory, 0, bytes, stream));
+        to_device(g->m_memory, host.m, bytes);
+        to_device(g->v_memory, host.v, bytes);
+        if (m->lora) grads_point_shared(&g->grads, c, g->layer_grads);
+        else params_point(&g->grads, c, g->grads_memory);
+        Chunk *chunks = make_chunks(host.table, &g->num_chunks);
         g->chunks = device_alloc<Chunk>((size_t)g->num_chunks);
         to_device(g->chunks, chunks, (size_t)g->num_chunks * sizeof(Chunk));
         free(chunks);
@@ -1621,6 +1755,7 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
     to_device(g->rope, table, (size_t)positions * (size_t)c->HD * sizeof(float));
     g->batch = batch_alloc_gpu(tokens, false), g->staging = batch_alloc_gpu(tokens, true);
     g->result = device_alloc<ResultGpu>(1), g->result_host = pinned_alloc<ResultGpu>(1);
+    g->losses_host = pinned_alloc<float>((size_t)B * (size_t)T);
     cudaCheck(cudaStreamSynchronize(stream));
     free(table);
 }
@@ -1628,9 +1763,9 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
 void machine_close(Model *m) {
     Gpu *g = m->gpu;
     void *on_device[] = {g->params_memory, g->grads_memory, g->m_memory, g->v_memory, g->chunks, g->acts.memory, g->rope, g->batch.tokens,
-                         g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens,
-                         (void *)(sizeof(floatX) == 4 ? NULL : g->master)};
-    void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host};
+                         g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens, g->base, g->layer_grads, g->lora_scratch,
+                         (void *)((float *)g->params_memory == g->master ? NULL : g->master)};
+    void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host, g->losses_host};
     cudaCheck(cudaStreamSynchronize(stream));
     for (void *p : on_device) cudaCheck(cudaFree(p));
     for (void *p : pinned) cudaCheck(cudaFreeHost(p));
@@ -1639,43 +1774,48 @@ void machine_close(Model *m) {
 }
 
 void machine_download(Model *m) {
-    size_t bytes = m->table.num_params * sizeof(float);
-    to_host(m->params_memory, m->gpu->master, bytes);
-    to_host(m->m_memory, m->gpu->m_memory, bytes);
-    to_host(m->v_memory, m->gpu->v_memory, bytes);
+    Trained host = trained(m);
+    size_t bytes = host.table->num_params * sizeof(float);
+    to_host(host.params, m->gpu->master, bytes);
+    to_host(host.m, m->gpu->m_memory, bytes);
+    to_host(host.v, m->gpu->v_memory, bytes);
 }
 
-// The one place where the host waits for the GPU.
+// Where the host waits for the GPU, once an update; in DPO also in each micro-batch.
 ResultGpu fetch_result(Gpu *g) {
     to_host(g->result_host, g->result, sizeof(ResultGpu));
     return *g->result_host;
 }
 
-// Forward and backward of all micro-batches: adds to the gradients and to result->loss.
-void update_gradients_gpu(Model *m, const Batch *batch, int rows, double targets) {
+// Forward and backward of all micro-batches: adds to the gradients and to result->loss. Returns DPO's loss.
+double update_gradients_gpu(Model *m, const Batch *batch, int rows, double targets) {
+    double pair_losses = 0;
     cudaCheck(cudaMemsetAsync(m->gpu->result, 0, sizeof(ResultGpu), stream));
     for (int i = 0; i < rows; i += m->B) {
         Batch micro = batch_from(batch, i, m->T);
         BatchGpu device = upload_batch(m->gpu, &micro, (size_t)i * (size_t)m->T, m->B * m->T);
-        model_loss_gpu(m, &device, m->B, m->T, (float)(1.0 / targets), TRAIN);
+        pair_losses += model_loss_gpu(m, &micro, &device, m->B, m->T, (float)(1.0 / targets), TRAIN);
     }
+    return pair_losses / targets;
 }
 
 Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step) {
     Gpu *g = m->gpu;
-    update_gradients_gpu(m, batch, rows, targets);
-    gradient_norm_gpu(g->result, g->grads_memory, g->acts.scratch, m->table.num_params, targets, clip);
+    double pair_loss = update_gradients_gpu(m, batch, rows, targets);
+    gradient_norm_gpu(g->result, g->grads_memory, g->acts.scratch, trained(m).table->num_params, targets, clip);
     adamw_gpu(m, adamw, step);
+    if (m->lora) lora_merge_gpu(m);
     ResultGpu result = fetch_result(g);
-    Update u = {result.loss, result.norm};
+    Update u = {m->dpo ? pair_loss : result.loss, result.norm};
     return u;
 }
 
 double machine_loss(Model *m, const Batch *batch, int B, int T) {
     cudaCheck(cudaMemsetAsync(m->gpu->result, 0, sizeof(ResultGpu), stream));
     BatchGpu device = upload_batch(m->gpu, batch, 0, B * T);
-    model_loss_gpu(m, &device, B, T, 0, EVALUATE);
-    return fetch_result(m->gpu).loss;
+    double pair_losses = model_loss_gpu(m, batch, &device, B, T, 0, EVALUATE);
+    double loss = fetch_result(m->gpu).loss;
+    return m->dpo ? pair_losses : loss;
 }
 
 void machine_rewind(Model *m, int length) { m->gpu->cache_length = length; }

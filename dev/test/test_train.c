@@ -531,28 +531,6 @@ static const uint32_t DOCUMENTS[] = {                            // prompts (P) 
 };
 enum { NUM_DOCUMENT_TOKENS = sizeof DOCUMENTS / 4 };
 
-void test_packing(void) {
-    const char *path = path_of("%s/sft.bin", scratch);
-    write_tokens(path, DOCUMENTS, NUM_DOCUMENT_TOKENS, 4, TASK_SFT, 50);
-    Loader l = open_loader(path, TASK_SFT, 8, 50, true, false);
-    Batch b;
-    batch_alloc(&b, (int)l.num_rows, 8);
-    double counted = loader_rows(&l, 0, (int)l.num_rows, &b);
-    static const int tokens[3][8] = {{10, 11, 12, 13, 20, 21, 22, 23}, {30, 31, 32, 33, 34, 35, 0, 0}, {40, 41, 42, 43, 0, 0, 0, 0}};
-    static const int weights[3][8] = {{0, 1, 1, 0, 0, 0, 1, 0}, {0, 1, 1, 1, 1, 0, 0, 0}, {0}};
-    static const int starts[3][8] = {{0, 0, 0, 0, 4, 4, 4, 4}, {0, 0, 0, 0, 0, 0, 6, 6}, {0, 0, 0, 0, 4, 4, 4, 4}};
-    int wrong = 0;
-    for (int i = 0; i < 24 && l.num_rows == 3; i++) {
-        wrong += b.tokens[i] != tokens[i / 8][i % 8] || b.weights[i] != (float)weights[i / 8][i % 8] || b.start[i] != starts[i / 8][i % 8];
-        wrong += weights[i / 8][i % 8] == 1 && b.targets[i] != tokens[i / 8][i % 8] + 1;
-    }
-    check(l.num_rows == 3 && wrong == 0 && counted == 7, "SFT rows hold whole documents; exactly the answer tokens are targets");
-    batch_free(&b), loader_close(&l);
-    l = open_loader(path, TASK_SFT, 4, 50, true, false);
-    check(l.num_rows == 4 && l.num_cut == 1 && l.num_documents == 4, "one document is longer than T + 1 = 5 tokens: cut and counted");
-    loader_close(&l);
-}
-
 void fail_open(const char *argument) {                           // path:task:T:vocab
     char path[512];
     int task, T, vocab;
@@ -561,6 +539,34 @@ void fail_open(const char *argument) {                           // path:task:T:
     Batch b;
     batch_alloc(&b, 1, T);
     loader_rows(&l, 0, 1, &b);
+}
+
+void test_packing(void) {
+    const char *path = path_of("%s/sft.bin", scratch);
+    write_tokens(path, DOCUMENTS, NUM_DOCUMENT_TOKENS, 4, TASK_SFT, 50);
+    Loader l = open_loader(path, TASK_SFT, 8, 50, true, false);
+    Batch b;
+    batch_alloc(&b, (int)l.num_rows, 8);
+    double counted = loader_rows(&l, 0, (int)l.num_rows, &b);
+    static const int tokens[2][8] = {{10, 11, 12, 13, 20, 21, 22, 23}, {30, 31, 32, 33, 34, 35, 0, 0}};
+    static const int weights[2][8] = {{0, 1, 1, 0, 0, 0, 1, 0}, {0, 1, 1, 1, 1, 0, 0, 0}};
+    static const int starts[2][8] = {{0, 0, 0, 0, 4, 4, 4, 4}, {0, 0, 0, 0, 0, 0, 6, 6}};
+    static const int documents[2][8] = {{0, 0, 0, 0, 1, 1, 1, 1}, {2, 2, 2, 2, 2, 2, -1, -1}};
+    int wrong = 0;
+    for (int i = 0; i < 16 && l.num_rows == 2; i++) {
+        wrong += b.tokens[i] != tokens[i / 8][i % 8] || b.weights[i] != (float)weights[i / 8][i % 8] || b.start[i] != starts[i / 8][i % 8];
+        wrong += b.document[i] != documents[i / 8][i % 8] || (weights[i / 8][i % 8] == 1 && b.targets[i] != tokens[i / 8][i % 8] + 1);
+    }
+    check(l.num_rows == 2 && l.num_dropped == 1 && wrong == 0 && counted == 7,
+          "SFT rows hold whole documents; exactly the answer tokens are targets; the document without an answer is dropped");
+    batch_free(&b), loader_close(&l);
+    l = open_loader(path, TASK_SFT, 4, 50, true, false);
+    check(l.num_rows == 3 && l.num_cut == 1 && l.num_documents == 3, "one document is longer than T + 1 = 5 tokens: cut and counted");
+    loader_close(&l);
+    l = open_loader(path, TASK_SFT, 2, 50, true, false);
+    check(l.num_cut == 2 && l.num_documents == 2 && l.num_dropped == 2, "a prompt that leaves no room for the answer: dropped and counted");
+    loader_close(&l);
+    check_fails("rows that no answer fits into", fail_open, path_of("%s:1:1:50", path), "none of its 4 documents has an answer within 2 tokens");
 }
 
 void spoil(const char *path, long offset, const void *bytes, size_t count) {     // overwrites bytes of a file; count 0 cuts it there
@@ -625,14 +631,16 @@ const char *random_tokens(const char *name, uint64_t count) {
 }
 
 void test_accumulation(void) {
-    const char *path = path_of("%s/sft4.bin", scratch);
-    write_tokens(path, DOCUMENTS, NUM_DOCUMENT_TOKENS, 4, TASK_SFT, 59);
+    const char *path = path_of("%s/windows4.bin", scratch);
+    uint32_t windows[21];                                        // 4 windows of 5 targets, of which 2, 1, 4 and 0 count
+    for (uint32_t i = 0; i < 21; i++) windows[i] = (7 * i + 3) % 59 | ("...ppp.pppp....pppppp"[i] == 'p' ? P : 0);
+    write_tokens(path, windows, 21, 1, TASK_PRETRAIN, 59);
     static const int shapes[3][2] = {{4, 1}, {1, 4}, {2, 2}};
     StepResult results[3];
     float *weights[3];
     size_t n = 0;
-    for (int i = 0; i < 3; i++) {                                // T = 5: each of the 4 documents has its own row; the last has no answer
-        Run *run = open_run(path, TASK_SFT, shapes[i][0], shapes[i][1], 5);
+    for (int i = 0; i < 3; i++) {
+        Run *run = open_run(path, TASK_PRETRAIN, shapes[i][0], shapes[i][1], 5);
         Batch update;
         batch_alloc(&update, 4, 5);
         results[i] = train_step(run, &update);
@@ -643,7 +651,7 @@ void test_accumulation(void) {
     }
     for (int i = 1; i < 3; i++) {
         double loss = fabs(results[i].loss - results[0].loss) / results[0].loss, norm = fabs(results[i].norm - results[0].norm) / results[0].norm;
-        check(loss <= 1e-6 && norm <= 1e-5, "4 samples of unequal answers as %d x %d and 4 x 1: loss off by %.0e, gradient norm by %.0e", shapes[i][0],
+        check(loss <= 1e-6 && norm <= 1e-5, "4 rows with unequal numbers of targets as %d x %d and 4 x 1: loss off by %.0e, gradient norm by %.0e", shapes[i][0],
               shapes[i][1], loss, norm);
     }
     bool finite = true;
@@ -651,10 +659,10 @@ void test_accumulation(void) {
     check(finite && results[1].targets == 7, "a micro-batch without a target (1 x 4) adds nothing and makes no NaN");
     for (int i = 0; i < 3; i++) free(weights[i]);
 
-    uint32_t prompts[8];
-    for (uint32_t i = 0; i < 8; i++) prompts[i] = i | P | (i == 0 ? (uint32_t)D : 0);
-    write_tokens(path, prompts, 8, 1, TASK_SFT, 59);
-    Run *run = open_run(path, TASK_SFT, 1, 1, 8);
+    uint32_t prompts[9];
+    for (uint32_t i = 0; i < 9; i++) prompts[i] = i | P;
+    write_tokens(path, prompts, 9, 1, TASK_PRETRAIN, 59);
+    Run *run = open_run(path, TASK_PRETRAIN, 1, 1, 8);
     n = run->model.table.num_params;
     float *before = (float *)xmalloc(n * sizeof(float));
     memcpy(before, run->model.params_memory, n * sizeof(float));
@@ -892,7 +900,7 @@ void test_bad_models(void) {
         {"qwen2", "\"hidden_size\": 24", "\"hidden_size\": 24.5", "it should be a whole number"},
         {"qwen2", "\"hidden_size\": 24", "\"hidden_size\": \"24\"", "should be a number"},
         {"qwen2", "\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "is not a multiple of"},
-        {"qwen2", "\"vocab_size\": 61", "\"vocab_size\": 60", "model.embed_tokens.weight has shape [61,24], config.json needs [60,24]"},
+        {"qwen2", "\"vocab_size\": 61", "\"vocab_size\": 60", "model.embed_tokens.weight has shape [61,24], the model needs [60,24]"},
         {"qwen2", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 3", "model.layers.2.input_layernorm.weight is missing"},
         {"qwen2", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "is not part of this model"},
     };

@@ -2,6 +2,7 @@
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
 # make bench                          speed, against the limits of this machine
+# make portable                       train_qwen as one binary for every x86-64
 # make chat | chatcu                  talk to a checkpoint
 # make evaluate | evaluatecu          perplexity, multiple choice
 # make plot                           loss curves of runs
@@ -102,6 +103,16 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 CPU_SOURCES := train_qwen.c tokenizer.h dataloader.h dev/cpu/bench.h
 build/cpu_%: dev/cpu/%.c $(CPU_SOURCES) build/flags
 	$(CC) $(FLAGS) $(OPENMP) -o $@ $< -lm
+# train_qwen for any x86-64 Linux: compiled for three generations of processors, of which dev/cpu/dispatch.c takes one when it starts.
+PORTABLE := train_qwen
+ARCH_sse2 := -march=x86-64
+ARCH_avx2 := -march=x86-64-v3
+ARCH_avx512 := -march=x86-64-v4 $(filter-out -Werror,$(WIDE))
+build/portable_%.o: train_qwen.c tokenizer.h dataloader.h build/flags
+	$(CC) -std=c11 $(CFLAGS) $(ARCH_$*) $(WARN) $(OPENMP) -Dmain=main_$* -c -o $@ $<
+	objcopy --keep-global-symbol=main_$* $@
+portable: dev/cpu/dispatch.c build/portable_sse2.o build/portable_avx2.o build/portable_avx512.o prepare $(GENERATE)
+	$(CC) -std=c11 $(CFLAGS) $(WARN) $(OPENMP) -o $(PORTABLE) $(filter %.c %.o,$^) -lm
 bench: build/cpu_bench
 	OMP_WAIT_POLICY=active build/cpu_bench
 
@@ -190,6 +201,7 @@ test: $(PROGRAMS) chat $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TEST
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
 	build/cpu_matmul check
+	sh dev/test/test_portable.sh
 	sh dev/test/test_align.sh
 	$(MAKE) -s test-emu test-nvcc test-gpu
 	@echo "all tests passed"
@@ -210,5 +222,5 @@ debug: train_qwen.c | build
 clean:
 	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu plot
 
-.PHONY: FORCE all notes tiny_baike bench fuzz test test-fuzz test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
+.PHONY: FORCE all notes tiny_baike bench portable fuzz test test-fuzz test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

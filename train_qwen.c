@@ -739,11 +739,11 @@ void rope(float *x, const int *positions, const float *table, int N, int heads, 
 // Causal attention with grouped heads: query head h reads key and value head h / (NH / NKV). For query position t and the keys
 // j = start[t] .. t of its document:   p_j = softmax_j(q . k_j / sqrt(HD)),   att = sum_j p_j v_j
 // q, k, v are heads inside rows of `stride` floats; att is (N, NH * HD); lse (B, NH, T) keeps log(sum(exp(scores))), from which the
-// backward makes p again. (T, T) is never stored: a panel of NR queries meets KEYS keys at a time.
+// backward makes p again. (T, T) is never stored: a panel of NR queries meets KEY_ROWS keys at a time.
 //
 // Scores are computed transposed, S^T = K Q^T: a query is a lane of a vector, so softmax runs down the columns without ever adding up
 // across a vector, and a block of S^T (keys, NR) is as it stands the packed right operand of the next product, att^T = V^T P^T.
-enum { KEYS = 24 * MR };
+enum { KEY_ROWS = 24 * MR };
 
 // What a panel of queries knows of itself, a lane for each: the keys it may see, and in the forward max and sum of its scores so far.
 typedef struct { veci from, to; vec max, sum; } Lanes;
@@ -784,18 +784,18 @@ void softmax_block(float *scores, Lanes lanes[2], float *out, float scale, int k
     }
 }
 
-// The first key that any of n queries sees, and the block of KEYS it is in.
+// The first key that any of n queries sees, and the block of KEY_ROWS it is in.
 int first_block(const int *start, int n) {
     int first = start[0];
     for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
-    return first / KEYS * KEYS;
+    return first / KEY_ROWS * KEY_ROWS;
 }
 
 // One head: queries at positions past .. past + n - 1 against keys 0 .. past + n - 1. start, lse (may be NULL) begin with the first query.
 void attention_head(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int past, int n, int HD,
                     int q_stride, int kv_stride, int att_stride) {
     int total = past + n, depth = HD + MR;
-    float *keys = thread_buffer(BUFFER_ATTENTION, (size_t)(total + MR) * HD + (size_t)total * depth + (size_t)NR * (2 * HD + KEYS + MR) + VL);
+    float *keys = thread_buffer(BUFFER_ATTENTION, (size_t)(total + MR) * HD + (size_t)total * depth + (size_t)NR * (2 * HD + KEY_ROWS + MR) + VL);
     float *values = keys + (size_t)(total + MR) * HD, *queries = values + (size_t)total * depth, *out = queries + NR * HD;
     float *p = out + NR * (HD + MR);
     pack_rows(keys, HD, view(k, kv_stride, 1), total, HD);                           // K (total, HD)
@@ -806,8 +806,8 @@ void attention_head(float *att, float *lse, const float *q, const float *k, cons
         lanes_begin(lanes, start + t0, past + t0, rows);
         pack_columns(queries, HD, view(q + (ptrdiff_t)t0 * q_stride, 1, q_stride), rows, HD);          // Q^T (HD, NR)
         memset(out, 0, sizeof(float) * NR * (size_t)HD);                             // att^T (HD, NR)
-        for (int key = begin; key < end; key += KEYS) {
-            int count = end - key < KEYS ? end - key : KEYS;
+        for (int key = begin; key < end; key += KEY_ROWS) {
+            int count = end - key < KEY_ROWS ? end - key : KEY_ROWS;
             multiply_packed(p, NR, keys + (ptrdiff_t)key * HD, HD, queries, HD, count, NR, HD, OVERWRITE);
             softmax_block(p, lanes, out, 1.0f / sqrtf((float)HD), key, count, HD);
             multiply_packed(out, NR, values + (ptrdiff_t)key * MR, total, p, count, HD, NR, count, ACCUMULATE);
@@ -886,16 +886,16 @@ void softmax_backward_block(float *scores, float *dp, const Lanes lanes[2], cons
 // dq, dk, dv = (rows of `stride` floats, laid out as q, k, v). With p_ij of query i and key j, datt of att:
 //    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      ds_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
 //    dq_i = sum_j ds_ij k_j        dk_j = sum_i ds_ij q_i
-// One task is one key/value head with all of its query heads, so dk and dv have one writer. QUERIES queries, some panels of NR, meet KEYS keys
+// One task is one key/value head with all of its query heads, so dk and dv have one writer. QUERY_ROWS queries, some panels of NR, meet KEY_ROWS keys
 // at a time; p and ds are transposed as in the forward, (keys, NR) for each panel.
-enum { QUERIES = 64 };
+enum { QUERY_ROWS = 64 };
 typedef struct { float *keys, *values, *keys_t, *queries, *datts, *queries_t, *datts_t, *dq_t, *p, *ds, *left; } AttentionBuffers;
 
 void attention_backward_block(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,
                               const int *start, const AttentionBuffers *a, int t0, int n, int T, int HD, int stride, int att_stride) {
     float scale = 1.0f / sqrtf((float)HD);
-    Lanes lanes[QUERIES / VL];
-    vec lses[QUERIES / VL] = {{0}}, backs[QUERIES / VL] = {{0}};
+    Lanes lanes[QUERY_ROWS / VL];
+    vec lses[QUERY_ROWS / VL] = {{0}}, backs[QUERY_ROWS / VL] = {{0}};
     for (int i = 0; i < n; i += NR) lanes_begin(lanes + i / VL, start + i, t0 + i, n - i);
     for (int i = 0; i < n; i++) {
         lses[i / VL][i % VL] = lse[i];
@@ -905,12 +905,12 @@ void attention_backward_block(float *dq, float *dk, float *dv, const float *datt
     pack_columns(a->datts_t, HD, view(datt, 1, att_stride), n, HD);
     pack_columns(a->queries, n, view(q, stride, 1), HD, n);                          // Q (n, HD)
     pack_columns(a->datts, n, view(datt, att_stride, 1), HD, n);
-    memset(a->dq_t, 0, sizeof(float) * (size_t)QUERIES * (size_t)HD);                // dQ^T, (HD, NR) for each panel
-    for (int key = first_block(start, n); key < t0 + n; key += KEYS) {
-        int count = t0 + n - key < KEYS ? t0 + n - key : KEYS;
+    memset(a->dq_t, 0, sizeof(float) * (size_t)QUERY_ROWS * (size_t)HD);                // dQ^T, (HD, NR) for each panel
+    for (int key = first_block(start, n); key < t0 + n; key += KEY_ROWS) {
+        int count = t0 + n - key < KEY_ROWS ? t0 + n - key : KEY_ROWS;
         for (int i = 0; i < n; i += NR) {
             int end = t0 + (i + NR < n ? i + NR : n) - key, seen = end < 0 ? 0 : end < count ? end : count;
-            float *p = a->p + i * KEYS, *ds = a->ds + i * KEYS;
+            float *p = a->p + i * KEY_ROWS, *ds = a->ds + i * KEY_ROWS;
             multiply_packed(p, NR, a->keys + (ptrdiff_t)key * HD, HD, a->queries_t + i * HD, HD, seen, NR, HD, OVERWRITE);
             multiply_packed(ds, NR, a->values + (ptrdiff_t)key * HD, HD, a->datts_t + i * HD, HD, seen, NR, HD, OVERWRITE);
             softmax_backward_block(p, ds, lanes + i / VL, lses + i / VL, backs + i / VL, scale, key, seen);
@@ -922,7 +922,7 @@ void attention_backward_block(float *dq, float *dk, float *dv, const float *datt
             const float *panels = which ? a->ds : a->p;
             for (int j = 0; j < count; j += MR)
                 for (int i = 0; i < n; i += NR)
-                    pack_panel(a->left + j * n + i * MR, view(panels + i * KEYS + j * NR, NR, 1), count - j < MR ? count - j : MR, MR,
+                    pack_panel(a->left + j * n + i * MR, view(panels + i * KEY_ROWS + j * NR, NR, 1), count - j < MR ? count - j : MR, MR,
                                n - i < NR ? n - i : NR);
             multiply_packed((which ? dk : dv) + (ptrdiff_t)key * stride, stride, a->left, n, which ? a->queries : a->datts, n, count, HD, n,
                             ACCUMULATE);
@@ -939,11 +939,11 @@ void attention_backward(float *dq, float *dk, float *dv, const float *datt, cons
     for (int b = 0; b < B; b++)
         for (int g = 0; g < NKV; g++) {
             size_t row = (size_t)b * T, kv = row * stride + (size_t)g * HD, rows = (size_t)T + MR, width = (size_t)HD + NR;
-            float *at = thread_buffer(BUFFER_ATTENTION, 3 * rows * width + 5 * QUERIES * width + QUERIES * (3 * KEYS + 2 * MR));
+            float *at = thread_buffer(BUFFER_ATTENTION, 3 * rows * width + 5 * QUERY_ROWS * width + QUERY_ROWS * (3 * KEY_ROWS + 2 * MR));
             AttentionBuffers a;
             a.keys = at, a.values = at += rows * width, a.keys_t = at += rows * width, a.queries = at += rows * width;
-            a.datts = at += QUERIES * width, a.queries_t = at += QUERIES * width, a.datts_t = at += QUERIES * width, a.dq_t = at += QUERIES * width;
-            a.p = at += QUERIES * width, a.ds = at += QUERIES * KEYS, a.left = at += QUERIES * KEYS;
+            a.datts = at += QUERY_ROWS * width, a.queries_t = at += QUERY_ROWS * width, a.datts_t = at += QUERY_ROWS * width, a.dq_t = at += QUERY_ROWS * width;
+            a.p = at += QUERY_ROWS * width, a.ds = at += QUERY_ROWS * KEY_ROWS, a.left = at += QUERY_ROWS * KEY_ROWS;
             pack_rows(a.keys, HD, view(k + kv, stride, 1), T, HD);                   // K (T, HD)
             pack_rows(a.values, HD, view(v + kv, stride, 1), T, HD);                 // V (T, HD)
             pack_rows(a.keys_t, T, view(k + kv, 1, stride), HD, T);                  // K^T (HD, T)
@@ -952,10 +952,10 @@ void attention_backward(float *dq, float *dk, float *dv, const float *datt, cons
                 memset(dv + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
             }
             for (int h = g * group; h < (g + 1) * group; h++)
-                for (int t0 = 0; t0 < T; t0 += QUERIES) {
+                for (int t0 = 0; t0 < T; t0 += QUERY_ROWS) {
                     size_t in = (row + t0) * stride + (size_t)h * HD, out = (row + t0) * NH * HD + (size_t)h * HD;
                     attention_backward_block(dq + in, dk + kv, dv + kv, datt + out, att + out, lse + row * NH + (size_t)h * T + t0, q + in,
-                                             start + row + t0, &a, t0, T - t0 < QUERIES ? T - t0 : QUERIES, T, HD, stride, NH * HD);
+                                             start + row + t0, &a, t0, T - t0 < QUERY_ROWS ? T - t0 : QUERY_ROWS, T, HD, stride, NH * HD);
                 }
         }
 }

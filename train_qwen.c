@@ -368,9 +368,9 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
 }
 
 // out[k * width + w] = from(w, k), w < count <= width, k < kc; zeros for the other w. Whole panels are copied by vectors: rows of the panel
-// that lie side by side as they are, others VL x VL at a time through registers: interleaving row i with row i + VL / 2 moves each element's
-// index bits (row, column) round by one, so after log2(VL) times row and column have changed places. A panel narrower than a vector is
-// written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
+// that lie side by side as they are, others VL x VL at a time through registers: interleaving row i with row i + VL / 2 moves each
+// element's index bits (row, column) round by one, so after log2(VL) times row and column have changed places. A panel narrower than a
+// vector is written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
 #if defined(__GNUC__)
 __attribute__((always_inline))                                   // so that width is a constant
 #endif
@@ -431,7 +431,8 @@ void pack_columns(float *out, int depth, View b, int n, int kc) {
 }
 
 // C (m, n) = or += A (m, kc) B (kc, n), both packed.
-void multiply_packed(float *C, ptrdiff_t ldc, const float *a, int a_depth, const float *b, int b_depth, int m, int n, int kc, WriteMode mode) {
+void multiply_packed(float *C, ptrdiff_t ldc, const float *a, int a_depth, const float *b, int b_depth, int m, int n, int kc,
+                     WriteMode mode) {
     for (int j = 0; j < n; j += NR)
         for (int i = 0; i < m; i += MR)
             micro_kernel(C + i * ldc + j, ldc, a + (ptrdiff_t)i * a_depth, b + (ptrdiff_t)j * b_depth, kc, m - i < MR ? m - i : MR,
@@ -548,8 +549,9 @@ uint16_t float_to_bf16(float x) {                                // rounds to ne
     return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
 }
 
-// Generating reads every weight once a token, and memory is slower than arithmetic. Where all weights of a model are bf16 numbers, as in most
-// published checkpoints, reading a copy of 2 bytes a weight gives the same bits in half of the time. Not for training: weights change there.
+// Generating reads every weight once a token, and memory is slower than arithmetic. Where all weights of a model are bf16 numbers, as in
+// most published checkpoints, reading a copy of 2 bytes a weight gives the same bits in half of the time. Not for training: weights
+// change there.
 typedef struct { const float *weights; size_t count; uint16_t *halves; } HalfWeights;
 static HalfWeights half_weights;         // of one model
 
@@ -759,8 +761,8 @@ void lanes_begin(Lanes lanes[2], const int *start, int t, int n) {
 }
 veci lanes_see(const Lanes *lanes, int key) { return (lanes->from <= (veci){} + key) & (lanes->to >= (veci){} + key); }
 
-// Online softmax (Milakov and Gimelshein 2018). scores (count, NR) of keys `key` ... become exp(scale * score - max), 0 where a query may not
-// see the key; max and sum go on from the blocks before, whose weights in out (HD, NR) are scaled to the new maximum.
+// Online softmax (Milakov and Gimelshein 2018). scores (count, NR) of keys `key` ... become exp(scale * score - max), 0 where a query may
+// not see the key; max and sum go on from the blocks before, whose weights in out (HD, NR) are scaled to the new maximum.
 void softmax_block(float *scores, Lanes lanes[2], float *out, float scale, int key, int count, int HD) {
     for (int half = 0; half < 2; half++) {
         const Lanes l = lanes[half];
@@ -795,7 +797,8 @@ int first_block(const int *start, int n) {
 void attention_head(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int past, int n, int HD,
                     int q_stride, int kv_stride, int att_stride) {
     int total = past + n, depth = HD + MR;
-    float *keys = thread_buffer(BUFFER_ATTENTION, (size_t)(total + MR) * HD + (size_t)total * depth + (size_t)NR * (2 * HD + KEY_ROWS + MR) + VL);
+    float *keys = thread_buffer(BUFFER_ATTENTION,
+                                (size_t)(total + MR) * HD + (size_t)total * depth + (size_t)NR * (2 * HD + KEY_ROWS + MR) + VL);
     float *values = keys + (size_t)(total + MR) * HD, *queries = values + (size_t)total * depth, *out = queries + NR * HD;
     float *p = out + NR * (HD + MR);
     pack_rows(keys, HD, view(k, kv_stride, 1), total, HD);                           // K (total, HD)
@@ -865,7 +868,8 @@ void attention_cached(float *att, const float *q, const float *k, const float *v
     }
     #pragma omp parallel for
     for (int h = 0; h < NH; h++) {
-        const float *q_head = q + (size_t)h * HD, *k_head = keys + (size_t)(h / (NH / NKV)) * HD, *v_head = values + (size_t)(h / (NH / NKV)) * HD;
+        const float *q_head = q + (size_t)h * HD, *k_head = keys + (size_t)(h / (NH / NKV)) * HD,
+            *v_head = values + (size_t)(h / (NH / NKV)) * HD;
         float *att_head = att + (size_t)h * HD;
         if (T == 1) attention_row(att_head, q_head, k_head, v_head, past + 1, HD, width);
         else attention_head(att_head, NULL, q_head, k_head, v_head, cache->zeros, past, T, HD, stride, width, NH * HD);
@@ -873,7 +877,8 @@ void attention_cached(float *att, const float *q, const float *k, const float *v
 }
 
 // With lse and back = datt . att of each lane: scores become p = exp(scale * score - lse), dp becomes ds = p (dp - back) scale.
-void softmax_backward_block(float *scores, float *dp, const Lanes lanes[2], const vec lse[2], const vec back[2], float scale, int key, int count) {
+void softmax_backward_block(float *scores, float *dp, const Lanes lanes[2], const vec lse[2], const vec back[2], float scale, int key,
+                            int count) {
     const vec zero = {0};
     for (int j = 0; j < count; j++)
         for (int half = 0; half < 2; half++) {
@@ -886,8 +891,8 @@ void softmax_backward_block(float *scores, float *dp, const Lanes lanes[2], cons
 // dq, dk, dv = (rows of `stride` floats, laid out as q, k, v). With p_ij of query i and key j, datt of att:
 //    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      ds_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
 //    dq_i = sum_j ds_ij k_j        dk_j = sum_i ds_ij q_i
-// One task is one key/value head with all of its query heads, so dk and dv have one writer. QUERY_ROWS queries, some panels of NR, meet KEY_ROWS keys
-// at a time; p and ds are transposed as in the forward, (keys, NR) for each panel.
+// One task is one key/value head with all of its query heads, so dk and dv have one writer. QUERY_ROWS queries, some panels of NR, meet
+// KEY_ROWS keys at a time; p and ds are transposed as in the forward, (keys, NR) for each panel.
 enum { QUERY_ROWS = 64 };
 typedef struct { float *keys, *values, *keys_t, *queries, *datts, *queries_t, *datts_t, *dq_t, *p, *ds, *left; } AttentionBuffers;
 
@@ -942,7 +947,8 @@ void attention_backward(float *dq, float *dk, float *dv, const float *datt, cons
             float *at = thread_buffer(BUFFER_ATTENTION, 3 * rows * width + 5 * QUERY_ROWS * width + QUERY_ROWS * (3 * KEY_ROWS + 2 * MR));
             AttentionBuffers a;
             a.keys = at, a.values = at += rows * width, a.keys_t = at += rows * width, a.queries = at += rows * width;
-            a.datts = at += QUERY_ROWS * width, a.queries_t = at += QUERY_ROWS * width, a.datts_t = at += QUERY_ROWS * width, a.dq_t = at += QUERY_ROWS * width;
+            a.datts = at += QUERY_ROWS * width, a.queries_t = at += QUERY_ROWS * width, a.datts_t = at += QUERY_ROWS * width,
+                a.dq_t = at += QUERY_ROWS * width;
             a.p = at += QUERY_ROWS * width, a.ds = at += QUERY_ROWS * KEY_ROWS, a.left = at += QUERY_ROWS * KEY_ROWS;
             pack_rows(a.keys, HD, view(k + kv, stride, 1), T, HD);                   // K (T, HD)
             pack_rows(a.values, HD, view(v + kv, stride, 1), T, HD);                 // V (T, HD)
@@ -2426,7 +2432,8 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 1e-4, tiny 2.5e-3, checkpoints 1e-5, dpo 1e-6, lora x 10"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL,
+        "peak rate; 0: 1e-4, tiny 2.5e-3, checkpoints 1e-5, dpo 1e-6, lora x 10"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
     {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},

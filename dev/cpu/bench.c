@@ -10,7 +10,8 @@
 
 static int threads = 1;
 
-float *filled(size_t count) {                                    // small numbers of both signs, so that nothing overflows and exp is real work
+// small numbers of both signs, so that nothing overflows and exp is real work
+float *filled(size_t count) {
     float *memory = (float *)xmalloc(count * sizeof(float));
     #pragma omp parallel for
     for (size_t i = 0; i < count; i++) memory[i] = 0.001f * (float)((int)(i * 2654435761u >> 8 & 1023) - 512);
@@ -58,9 +59,9 @@ void bench_matmul(void) {
 
 // ---- layers ----
 
-typedef struct { Model model; int *tokens, *targets, *start; float *weights, *x, *y, *dx, *dy; int B, T; } Layers;
+typedef struct { Model model; Batch batch; float *x, *y, *dx, *dy; int B, T; } Layers;
 void run_embedding_backward(void *p) {
-    Layers *s = (Layers *)p; embedding_backward(s->model.grads.wte, s->dx, s->tokens, s->B * s->T, s->model.config.C);
+    Layers *s = (Layers *)p; embedding_backward(s->model.grads.wte, s->dx, s->batch.tokens, s->B * s->T, s->model.config.C);
 }
 void run_rmsnorm_forward(void *p) {
     Layers *s = (Layers *)p; Config *c = &s->model.config;
@@ -68,11 +69,13 @@ void run_rmsnorm_forward(void *p) {
 }
 void run_rmsnorm_backward(void *p) {
     Layers *s = (Layers *)p; Config *c = &s->model.config;
-    rmsnorm_backward(s->dx, s->model.grads.norm, s->dy, s->x, s->model.params.norm, s->model.acts.rstd, s->B * s->T, 1, c->C, c->C, ACCUMULATE);
+    rmsnorm_backward(s->dx, s->model.grads.norm, s->dy, s->x, s->model.params.norm, s->model.acts.rstd, s->B * s->T, 1, c->C, c->C,
+                     ACCUMULATE);
 }
 void run_rope(void *p) {
     Layers *s = (Layers *)p; Config *c = &s->model.config;
-    rope(s->model.acts.layers[0].qkv, s->model.acts.positions, s->model.rope, s->B * s->T, c->NH + c->NKV, c->HD, qkv_width(c), ROPE_FORWARD);
+    rope(s->model.acts.layers[0].qkv, s->model.acts.positions, s->model.rope, s->B * s->T, c->NH + c->NKV, c->HD, qkv_width(c),
+         ROPE_FORWARD);
 }
 void run_swiglu_forward(void *p) {
     Layers *s = (Layers *)p; LayerActs *a = s->model.acts.layers;
@@ -85,16 +88,19 @@ void run_swiglu_backward(void *p) {
 void run_attention_forward(void *p) {
     Layers *s = (Layers *)p; Config *c = &s->model.config; LayerActs *a = s->model.acts.layers;
     float *k = a->qkv + c->NH * c->HD, *v = k + c->NKV * c->HD;
-    attention_forward(a->att, a->lse, a->qkv, k, v, s->start, s->B, s->T, c->NH, c->NKV, c->HD, qkv_width(c));
+    attention_forward(a->att, a->lse, a->qkv, k, v, s->batch.start, s->B, s->T, c->NH, c->NKV, c->HD, qkv_width(c));
 }
 void run_attention_backward(void *p) {
     Layers *s = (Layers *)p; Config *c = &s->model.config; LayerActs *a = s->model.acts.layers;
-    float *k = a->qkv + c->NH * c->HD, *v = k + c->NKV * c->HD, *dq = s->model.acts.dqkv, *dk = dq + c->NH * c->HD, *dv = dk + c->NKV * c->HD;
-    attention_backward(dq, dk, dv, s->model.acts.datt, a->att, a->lse, a->qkv, k, v, s->start, s->B, s->T, c->NH, c->NKV, c->HD, qkv_width(c));
+    float *k = a->qkv + c->NH * c->HD, *v = k + c->NKV * c->HD, *dq = s->model.acts.dqkv, *dk = dq + c->NH * c->HD,
+        *dv = dk + c->NKV * c->HD;
+    attention_backward(dq, dk, dv, s->model.acts.datt, a->att, a->lse, a->qkv, k, v, s->batch.start, s->B, s->T, c->NH, c->NKV, c->HD,
+                       qkv_width(c));
 }
 void run_classifier(void *p) {
     Layers *s = (Layers *)p; Config *c = &s->model.config; Activations *a = &s->model.acts;
-    classifier(a->losses, a->dh, s->model.grads.head, s->x, s->model.params.head, s->targets, s->weights, 1e-3f, a->logits, s->B * s->T, c->C, c->V);
+    classifier(a->losses, a->dh, s->model.grads.head, s->x, s->model.params.head, s->batch.targets, s->batch.weights, 1e-3f, a->logits, s->B * s->T,
+               c->C, c->V);
 }
 void run_norm(void *p) { Model *m = &((Layers *)p)->model; keep_result = (float)gradient_norm(m->grads_memory, m->table.num_params); }
 void run_adamw(void *p) {
@@ -111,15 +117,18 @@ Layers layers_make(const Config *c, int B, int T) {
     free(params);
     model_alloc_run(&s.model, B, T, T, KEEP_ALL, TRAIN);
     s.B = B, s.T = T;
-    s.tokens = (int *)xmalloc(N * sizeof(int)), s.targets = (int *)xmalloc(N * sizeof(int)), s.start = (int *)xcalloc(N, sizeof(int));
-    s.weights = (float *)xmalloc(N * sizeof(float));
-    for (size_t n = 0; n < N; n++) s.tokens[n] = (int)(mix64(n) % (uint64_t)c->V), s.targets[n] = (int)(mix64(n + 1) % (uint64_t)c->V), s.weights[n] = 1;
+    batch_alloc(&s.batch, B, T);
+    for (size_t n = 0; n < N; n++) {
+        s.batch.tokens[n] = (int)(mix64(n) % (uint64_t)c->V), s.batch.targets[n] = (int)(mix64(n + 1) % (uint64_t)c->V);
+        s.batch.start[n] = 0, s.batch.document[n] = 0, s.batch.weights[n] = 1;
+    }
     s.x = filled(N * (size_t)c->C), s.y = filled(N * (size_t)c->C), s.dx = filled(N * (size_t)c->C), s.dy = filled(N * (size_t)c->C);
     return s;
 }
 void layers_free(Layers *s) {
     model_free(&s->model);
-    free(s->tokens), free(s->targets), free(s->start), free(s->weights), free(s->x), free(s->y), free(s->dx), free(s->dy);
+    batch_free(&s->batch);
+    free(s->x), free(s->y), free(s->dx), free(s->dy);
 }
 
 void bench_layers(void) {
@@ -127,8 +136,7 @@ void bench_layers(void) {
     Config c = {7680, 512, 4, 8, 4, 64, 1408, 4096, 10000, 1e-6f, false, false, true};
     int B = 4, T = 512;
     Layers s = layers_make(&c, B, T);
-    Batch batch = {s.tokens, s.targets, s.start, s.weights};
-    model_loss(&s.model, &batch, B, T, 1.0f / (float)(B * T), TRAIN);    // real numbers everywhere
+    model_loss(&s.model, &s.batch, B, T, 1.0f / (float)(B * T), TRAIN);    // real numbers everywhere
     double N = B * T, C = c.C, I = c.I, params = (double)s.model.table.num_params, QKV = qkv_width(&c);
     double attention_flops = 2.0 * B * c.NH * T * (T + 1.0) / 2 * c.HD;  // of one product over the pairs (query, key <= query)
     struct { const char *name; Runnable *run; double flops, bytes; } kernels[] = {
@@ -149,7 +157,8 @@ void bench_layers(void) {
         double seconds, fraction;
         if (kernels[i].flops > 0) {
             fraction = measure_flops(kernels[i].run, &s, kernels[i].flops, threads, 9, 1.5, &seconds);
-            printf("  %-22s %10.3f %7.1f GF/s %10.0f   of the FMA peak\n", kernels[i].name, 1e3 * seconds, kernels[i].flops / seconds / 1e9, 100 * fraction);
+            printf("  %-22s %10.3f %7.1f GF/s %10.0f   of the FMA peak\n", kernels[i].name, 1e3 * seconds,
+                   kernels[i].flops / seconds / 1e9, 100 * fraction);
         } else {
             double times[9], limit = triad(threads, 2);
             for (int k = 0; k < 9; k++) {
@@ -158,7 +167,8 @@ void bench_layers(void) {
                 times[k] = (now_s() - begin) / 4;
             }
             seconds = median(times, 9), fraction = kernels[i].bytes / seconds / limit;
-            printf("  %-22s %10.3f %7.1f GB/s %10.0f   of the triad%s\n", kernels[i].name, 1e3 * seconds, kernels[i].bytes / seconds / 1e9, 100 * fraction,
+            printf("  %-22s %10.3f %7.1f GB/s %10.0f   of the triad%s\n", kernels[i].name, 1e3 * seconds, kernels[i].bytes / seconds / 1e9,
+                   100 * fraction,
                    fraction > 1 ? " (it runs in the cache)" : "");
         }
         fflush(stdout);
@@ -168,12 +178,12 @@ void bench_layers(void) {
 
 // ---- whole updates ----
 
-typedef struct { Layers *layers; Batch batch; long step; } UpdateCase;
+typedef struct { Layers *layers; long step; } UpdateCase;
 void run_update(void *argument) {
     UpdateCase *u = (UpdateCase *)argument;
     static const AdamW adamw = {1e-5f, 0.9f, 0.99f, 1e-8f, 0.1f};
     int rows = u->layers->B;
-    machine_update(&u->layers->model, &u->batch, rows, (double)rows * u->layers->T, &adamw, 1.0, ++u->step);
+    machine_update(&u->layers->model, &u->layers->batch, rows, (double)rows * u->layers->T, &adamw, 1.0, ++u->step);
 }
 
 void bench_update(void) {
@@ -185,13 +195,14 @@ void bench_update(void) {
         {"width 1024, 4 layers",   {7680, 1024, 4, 16, 8, 64, 2816, 4096, 10000, 1e-6f, true,  false, true}, 4, 256},
     };
     for (int t = 1; t <= threads; t = t < threads ? threads : threads + 1) {
-        printf("\nupdate (forward, backward, clip, AdamW), %d thread%s\n  %-26s %9s %11s %12s\n", t, t == 1 ? "" : "s", "", "ms", "tokens/s", "% of FMA peak");
+        printf("\nupdate (forward, backward, clip, AdamW), %d thread%s\n  %-26s %9s %11s %12s\n", t, t == 1 ? "" : "s", "", "ms",
+               "tokens/s", "% of FMA peak");
         for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
             const Config *c = &cases[i].config;
             int B = cases[i].B, T = cases[i].T;
             Layers s = layers_make(c, B, T);
             init_params(s.model.params_memory, c, &s.model.table, 1);
-            UpdateCase u = {&s, {s.tokens, s.targets, s.start, s.weights}, 0};
+            UpdateCase u = {&s, 0};
             double flops = flops_per_token(c, T) * B * T, seconds, fraction = measure_flops(run_update, &u, flops, t, 5, 5, &seconds);
             printf("  %-26s %9.1f %11.0f %12.1f\n", cases[i].name, 1e3 * seconds, B * T / seconds, 100 * fraction);
             fflush(stdout);
@@ -241,7 +252,8 @@ int main(int argc, char **argv) {
     setvbuf(stdout, NULL, _IOLBF, 0);
     printf("%s, %s\n", processor_name(), machine_text());
     for (int t = 1; t <= threads; t = t < threads ? threads : threads + 1)
-        printf("limits with %d thread%s: FMA %.1f GFLOP/s, triad %.1f GB/s\n", t, t == 1 ? "" : "s", fma_peak(t, 0.3) / 1e9, triad(t, 5) / 1e9);
+        printf("limits with %d thread%s: FMA %.1f GFLOP/s, triad %.1f GB/s\n", t, t == 1 ? "" : "s", fma_peak(t, 0.3) / 1e9, triad(t,
+            5) / 1e9);
     if (PART("matmul")) bench_matmul();
     if (PART("layers")) bench_layers();
     if (PART("update")) bench_update();

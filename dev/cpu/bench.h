@@ -1,8 +1,8 @@
 // bench.h: how the programs of dev/cpu measure. Include it after train_qwen.c.
 //
-// Other programs may be busy on the same cores, and clocks change with the temperature. So a rate is never taken alone: each sample of a kernel
-// stands between two short probes of the limit that it is compared with (FMA peak or memory bandwidth), samples during which the probes
-// disagree are thrown away, and what is printed is the median of the ratios.
+// Other programs may be busy on the same cores, and clocks change with the temperature. So a rate is never taken alone: each sample of a
+// kernel stands between two short probes of the limit that it is compared with (FMA peak or memory bandwidth), samples during which the
+// probes disagree are thrown away, and what is printed is the median of the ratios.
 
 #include <sys/utsname.h>
 
@@ -13,7 +13,8 @@ double fma_peak(int threads, double seconds) {
     double total = 0;
     #pragma omp parallel num_threads(threads) reduction(+:total)
     {
-        enum { CHAINS = VL == 16 ? 24 : 12 };                    // independent sums: more than latency (4) times units (2), and all in registers
+        // independent sums: more than latency (4) times units (2), and all in registers
+        enum { CHAINS = VL == 16 ? 24 : 12 };
         vec sum[CHAINS], x = (vec){} + 0.999f, y = (vec){} + 0.001f;
         for (int i = 0; i < CHAINS; i++) sum[i] = (vec){} + (float)i;
         double begin = now_s(), end = begin;
@@ -38,7 +39,8 @@ double triad(int threads, int rounds) {
     enum { COUNT = 1 << 25 };                                    // 3 x 128 MiB
     static float *a, *b, *c;
     if (!a) {
-        a = (float *)xmalloc(sizeof(float) * COUNT), b = (float *)xmalloc(sizeof(float) * COUNT), c = (float *)xmalloc(sizeof(float) * COUNT);
+        a = (float *)xmalloc(sizeof(float) * COUNT), b = (float *)xmalloc(sizeof(float) * COUNT),
+            c = (float *)xmalloc(sizeof(float) * COUNT);
         #pragma omp parallel for num_threads(threads)
         for (int i = 0; i < COUNT; i++) a[i] = 0, b[i] = 1, c[i] = 2;
     }
@@ -63,8 +65,8 @@ double median(double *values, int count) {
     return count % 2 ? values[count / 2] : 0.5 * (values[count / 2 - 1] + values[count / 2]);
 }
 
-// Measures run(argument), which does `flops` operations on `threads` threads. *seconds: the median of the samples kept; returns the median of
-// their fractions of the FMA peak. At most `samples` are taken within `limit_s`, at least one.
+// Measures run(argument), which does `flops` operations on `threads` threads. *seconds: the median of the samples kept; returns the
+// median of their fractions of the FMA peak. At most `samples` are taken within `limit_s`, at least one.
 typedef void Runnable(void *argument);
 double measure_flops(Runnable *run, void *argument, double flops, int threads, int samples, double limit_s, double *seconds) {
     double fractions[64], times[64], begin = now_s(), spare_fraction = 0, spare_time = 0;

@@ -5,8 +5,10 @@
     venv/bin/python dev/cpu/bench_torch.py                    # 2 threads, width 256: eager and torch.compile
     venv/bin/python dev/cpu/bench_torch.py --case 512 --threads 1
 
-Both train from the same weights (written here as a Hugging Face directory) on the same tokens in fp32: forward, backward, clipping at 1.0 and
-AdamW, 12 updates with the same learning rate. Their losses have to agree, or nothing is printed. The PyTorch model is written the way people
+Both train from the same weights (written here as a Hugging Face directory) on the same tokens in fp32: forward, backward,
+    clipping at 1.0 and
+AdamW, 12 updates with the same learning rate. Their losses have to agree,
+    or nothing is printed. The PyTorch model is written the way people
 write it today: scaled_dot_product_attention, fused AdamW, logits of all positions at once. Speed is the median over updates 4 to 12; runs
 take turns --repeats times and the median of the ratios is printed.
 """
@@ -64,7 +66,8 @@ def write_inputs(case, directory):
     row = torch.randint(0, 7000, (T,), generator=torch.Generator().manual_seed(5))
     if os.path.exists(directory + "/train.bin"): return row
     os.makedirs(directory + "/model")
-    config = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=NH,
+    config = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=V, hidden_size=C, num_hidden_layers=L,
+                  num_attention_heads=NH,
                   num_key_value_heads=NKV, intermediate_size=I, max_position_embeddings=4096, rope_theta=10000.0, rms_norm_eps=1e-6,
                   tie_word_embeddings=True, hidden_act="silu")
     with open(directory + "/model/config.json", "w") as f: json.dump(config, f)
@@ -105,18 +108,21 @@ def torch_side(case, threads, mode, directory):
         for l in range(L):
             p = lambda n: params[f"model.layers.{l}.{n}"]
             h = norm(x, p("input_layernorm.weight"))
-            q, k, v = (F.linear(h, p(f"self_attn.{n}_proj.weight"), p(f"self_attn.{n}_proj.bias")).view(B, T, -1, HD).transpose(1, 2) for n in "qkv")
+            q, k, v = (F.linear(h, p(f"self_attn.{n}_proj.weight"), p(f"self_attn.{n}_proj.bias")).view(B, T, -1, HD).transpose(1,
+                2) for n in "qkv")
             a = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=NH != NKV)
             x = x + F.linear(a.transpose(1, 2).reshape(B, T, NH * HD), p("self_attn.o_proj.weight"))
             h = norm(x, p("post_attention_layernorm.weight"))
-            x = x + F.linear(F.silu(F.linear(h, p("mlp.gate_proj.weight"))) * F.linear(h, p("mlp.up_proj.weight")), p("mlp.down_proj.weight"))
+            x = x + F.linear(F.silu(F.linear(h, p("mlp.gate_proj.weight"))) * F.linear(h, p("mlp.up_proj.weight")),
+                             p("mlp.down_proj.weight"))
         logits = F.linear(norm(x, params["model.norm.weight"]), params["model.embed_tokens.weight"])
         return F.cross_entropy(logits.view(-1, V), targets.view(-1))
 
     compiled = torch.compile(loss_of, dynamic=False) if mode == "compile" else loss_of
     decay = [p for p in params.values() if p.dim() == 2]
     rest = [p for p in params.values() if p.dim() == 1]
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=LR, betas=(0.9, 0.99), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.1), dict(params=rest, weight_decay=0.0)], lr=LR, betas=(0.9, 0.99),
+                                  eps=1e-8, fused=True)
     tokens = row.repeat(B, 1)
     targets = row.roll(-1).repeat(B, 1)
     losses, times = [], []
@@ -142,18 +148,22 @@ def run(command, threads):
 def qwen_side(case, threads, directory):
     V, C, L, NH, NKV, HD, I, B, T = CASES[case]
     out = tempfile.mkdtemp(dir=directory)
-    text = run([REPOSITORY + "/train_qwen", "--model", directory + "/model", "--data", directory + "/train.bin", "--out", out, "--batch", str(B), "--seq", str(T),
-         "--steps", str(UPDATES), "--lr", str(LR), "--schedule", "constant", "--warmup", "0", "--sample-every", "0", "--save-dtype", "bf16"], threads)
+    text = run([REPOSITORY + "/train_qwen", "--model", directory + "/model", "--data", directory + "/train.bin", "--out", out, "--batch",
+               str(B), "--seq", str(T),
+         "--steps", str(UPDATES), "--lr", str(LR), "--schedule", "constant", "--warmup", "0", "--sample-every", "0", "--save-dtype",
+             "bf16"], threads)
     lines = [json.loads(l) for l in open(out + "/log.jsonl")]
     lines = [l for l in lines if "loss" in l]
     shutil.rmtree(out)
     memory = re.search(r"([\d.]+) (MB|GB) of memory at most", text)
-    return dict(losses=[l["loss"] for l in lines], times=[l["ms"] / 1e3 for l in lines], mb=float(memory[1]) * (1 if memory[2] == "MB" else 1000))
+    return dict(losses=[l["loss"] for l in lines], times=[l["ms"] / 1e3 for l in lines],
+                mb=float(memory[1]) * (1 if memory[2] == "MB" else 1000))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="256", help="width of the model, or tiny (the default run), or 0.5b (Qwen2.5-0.5B)")
+    parser.add_argument("--case", choices=CASES, default="256",
+                        help="width of the model, or tiny (the default run), or 0.5b (Qwen2.5-0.5B)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--modes", default="eager,compile")
@@ -161,7 +171,8 @@ def main():
     o = parser.parse_args()
     if o.torch_side: return torch_side(o.case, o.threads, *o.torch_side)
     V, C, L, NH, NKV, HD, I, B, T = CASES[o.case]
-    if subprocess.run(["make", "-s", "-C", REPOSITORY, "train_qwen", "tiny_baike"], stdout=subprocess.DEVNULL).returncode: sys.exit("make failed")
+    if subprocess.run(["make", "-s", "-C", REPOSITORY, "train_qwen", "tiny_baike"],
+                      stdout=subprocess.DEVNULL).returncode: sys.exit("make failed")
     with tempfile.TemporaryDirectory() as directory:
         write_inputs(o.case, directory)
         modes, speeds, ratios, memory = o.modes.split(","), {}, {}, {}

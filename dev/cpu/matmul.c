@@ -3,11 +3,11 @@
 //    make build/cpu_matmul && build/cpu_matmul            checks every version, then prints its speed on one thread and on all
 //    build/cpu_matmul 1024 1024 4096                      rows, inputs, outputs of your own
 //
-// The product is the forward one: out (N, O) = inp (N, C) weight (O, C)^T, 2 N C O operations. It is the same work for the backward ones; in
-// train_qwen.c all three are one function that takes either operand transposed. What is counted: an AVX2 core can start two multiply-adds of
-// 8 floats a cycle, 32 operations; to keep that up, both operands of each have to be in registers already. A load gives 8 floats, two or
-// three loads can start in a cycle, from the L1 cache. From L2 it is about half, from L3 or memory a tenth. So speed is reuse: how many
-// operations are done with a number each time it is brought one level closer.
+// The product is the forward one: out (N, O) = inp (N, C) weight (O, C)^T, 2 N C O operations. It is the same work for the backward ones;
+// in train_qwen.c all three are one function that takes either operand transposed. What is counted: an AVX2 core can start two
+// multiply-adds of 8 floats a cycle, 32 operations; to keep that up, both operands of each have to be in registers already. A load gives
+// 8 floats, two or three loads can start in a cycle, from the L1 cache. From L2 it is about half, from L3 or memory a tenth. So speed is
+// reuse: how many operations are done with a number each time it is brought one level closer.
 
 #define QWEN_NO_MAIN
 #include "../../train_qwen.c"
@@ -71,7 +71,8 @@ void matmul_v3(float *out, const float *inp, const float *weight, int N, int C, 
         }
 }
 
-// c (m, NR) = a (m, kc) b (kc, NR), m <= MR, b packed, a where it is in inp: element (i, k) is a[i * lda + k]. What v4 and v5 have in common.
+// c (m, NR) = a (m, kc) b (kc, NR), m <= MR, b packed, a where it is in inp: element (i, k) is a[i * lda + k]. What v4 and v5 have in
+// common.
 void outer_product_tile(float *c, int ldc, const float *a, int lda, const float *b, int m, int n, int kc, WriteMode mode) {
     vec sum[MR][2];
     UNROLL
@@ -106,10 +107,9 @@ void matmul_v4(float *out, const float *inp, const float *weight, int N, int C, 
 }
 
 // v5. Before: panels and inp came from far away.
-// Change: blocks. KC of the C columns at a time, so that a panel of weight (KC, NR) stays in L1, and MC rows of inp, (MC, KC), in L2, while all
-// panels of the block pass by; out is added to, C / KC times.
-// Limit now: MR rows of inp are MR streams a whole row apart, which share few cache sets when C is a power of two; a tile of out is waited
-// for at its end; packing weight goes element by element.
+// Change: blocks. KC of the C columns at a time, so that a panel of weight (KC, NR) stays in L1, and MC rows of inp, (MC, KC), in L2,
+// while all panels of the block pass by; out is added to, C / KC times. Limit now: MR rows of inp are MR streams a whole row apart, which
+// share few cache sets when C is a power of two; a tile of out is waited for at its end; packing weight goes element by element.
 void matmul_v5(float *out, const float *inp, const float *weight, int N, int C, int O) {
     #pragma omp parallel for
     for (int o0 = 0; o0 < O; o0 += NC) {
@@ -130,9 +130,9 @@ void matmul_v5(float *out, const float *inp, const float *weight, int N, int C, 
 }
 
 // v6, in train_qwen.c. Before: see v5.
-// Change: inp is packed too, both through registers, VL x VL numbers at a time; a tile of out is prefetched before its sums begin; the loop over k
-// is unrolled by 4; threads share out as a grid of tiles that needs the least packing.
-// Limit now: 80 to 95 % of the multiply-adds there are. The rest is packing, tiles at the borders, and out when C is small.
+// Change: inp is packed too, both through registers, VL x VL numbers at a time; a tile of out is prefetched before its sums begin; the
+// loop over k is unrolled by 4; threads share out as a grid of tiles that needs the least packing. Limit now: 80 to 95 % of the
+// multiply-adds there are. The rest is packing, tiles at the borders, and out when C is small.
 void matmul_v6(float *out, const float *inp, const float *weight, int N, int C, int O) {
     gemm(out, O, view(inp, C, 1), view(weight, 1, C), N, O, C, OVERWRITE);
 }

@@ -14,7 +14,7 @@
 //   8 load         .bin, qwen.tiktoken, tokenizer.json, vocab.json + merges.txt
 //   9 save, trim   .bin, Hugging Face files, small vocabularies for small models
 //
-// A Tokenizer never changes after loading, so threads may share one. Errors are one line and exit code 1 (CHECK, DIE of train_qwen.c).
+// A Tokenizer never changes after loading, so threads may share one; each remembers words for itself. Errors are one line and exit code 1 (CHECK, DIE of train_qwen.c).
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 #include "dev/data/unicode.h"    // character classes and NFC data, as Hugging Face's tokenizers library has them
@@ -474,9 +474,9 @@ size_t nfc_settled_prefix(const char *text, size_t len) {
     for (size_t i = 0, n; i < len; last = i, i += n) {
         unsigned char first = (unsigned char)text[i];
         uint32_t c = first;
-        int used = first < 0x80 ? 1 : utf8_decode(text + i, len - i, &c);
-        if (used < 0) return last;
-        if ((unicode_first[first] & (UNICODE_MIXED | UNICODE_UNSETTLED)) && (unicode_bits(c) & UNICODE_UNSETTLED)) return last;
+        bool is_han = first >= 0xE5 && first <= 0xE9 && i + 3 <= len && (text[i + 1] & 0xC0) == 0x80 && (text[i + 2] & 0xC0) == 0x80;
+        int used = first < 0x80 ? 1 : is_han ? 3 : utf8_decode(text + i, len - i, &c);
+        if (used < 0 || (!is_han && (unicode_bits(c) & UNICODE_UNSETTLED))) return last;
         n = (size_t)used;
     }
     return len;
@@ -545,9 +545,9 @@ size_t split_skip(const char *text, size_t at, size_t end, CharClass skipped) {
 // merges on one side neither help nor hinder those on the other, both sides can be encoded alone, with exactly the same tokens. So the
 // splitter cuts there, into words of 1.4 characters on average.
 //   joined           a bit for each two characters that some merge joins: a token that ends with the first to one that begins with the second
-//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one. For merges with such a part on
-//                    the right, a bit for the first character and the first byte of the second one; for those with a part on the left,
-//                    a bit for the last byte of the first character and the first byte of the second one
+//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one token, and so are the last byte of
+//                    删 and 除. For merges with such parts, a bit for what is sure to be around the border: all three bytes on the whole
+//                    side, one on the other.
 // The bits are found by hashing. If two borders share one, this costs a cut, nothing else. Only characters of three bytes (U+0800 to U+FFFF)
 // take part, which are those of languages written without spaces.
 #define JOINED_BITS 20
@@ -558,7 +558,7 @@ bool bit_get(const uint64_t *bits, uint64_t i) { return bits[i / 64] >> i % 64 &
 void bit_set(uint64_t *bits, uint64_t i) { bits[i / 64] |= UINT64_C(1) << i % 64; }
 bool is_first_of_three(char c) { return ((unsigned char)c & 0xF0) == 0xE0; }
 
-// `border` points to the first byte behind a border, or between left and right part of a token.
+// `border` points to the first byte behind a border, or to where two parts of a token meet.
 uint64_t border_bit(const char *border) {
     uint32_t first, last;    // four of the six bytes each
     memcpy(&first, border - 3, 4);
@@ -566,14 +566,15 @@ uint64_t border_bit(const char *border) {
     return ((uint64_t)first << 32 | last) * HASH_FACTOR >> (64 - JOINED_BITS);
 }
 
-uint64_t border_part_bit(const char *border, size_t before) {
+uint64_t border_part_bit(const char *from, size_t num_bytes) {
     uint32_t key = 0;
-    memcpy(&key, border - before, before + 1);
+    memcpy(&key, from, num_bytes);
     return key * HASH_FACTOR >> (64 - JOINED_IN_PART_BITS);
 }
 
 bool border_is_joined_in_part(const Borders *b, const char *border) {
-    return bit_get(b->joined_in_part, border_part_bit(border, 3)) || bit_get(b->joined_in_part, border_part_bit(border, 1));
+    return bit_get(b->joined_in_part, border_part_bit(border - 3, 4)) || bit_get(b->joined_in_part, border_part_bit(border - 1, 4)) ||
+           bit_get(b->joined_in_part, border_part_bit(border - 1, 2));
 }
 
 bool border_is_open(const Borders *b, const char *border) {
@@ -584,10 +585,11 @@ bool border_is_open(const Borders *b, const char *border) {
 void border_learn(Borders *b, const char *left, size_t left_len, size_t right_len) {
     const char *border = left + left_len;
     if (!is_first_of_three(border[0])) return;
-    if (left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80) bit_set(b->joined_in_part, border_part_bit(border, 1));
-    if (left_len < 3 || !is_first_of_three(border[-3])) return;
-    if (right_len < 3) bit_set(b->joined_in_part, border_part_bit(border, 3));
-    else bit_set(b->joined, border_bit(border));
+    bool is_whole = left_len >= 3 && is_first_of_three(border[-3]);
+    bool is_tail = left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80;
+    if (is_whole && right_len >= 3) bit_set(b->joined, border_bit(border));
+    else if (is_whole) bit_set(b->joined_in_part, border_part_bit(border - 3, 4));
+    else if (is_tail) bit_set(b->joined_in_part, border_part_bit(border - 1, right_len >= 3 ? 4 : 2));
 }
 
 // The end of the letters from `at`; with borders, perhaps an earlier one. before: bytes of the character before `at`.
@@ -675,7 +677,7 @@ typedef struct {
     int start_capacity, longest;       // longest: bytes of the longest token
     uint32_t (*parts)[2];              // the two tokens whose merge gives this one; UINT32_MAX for single bytes
     uint32_t byte_id[256];
-    uint32_t byte_pair[256][256];      // pair_find of two single bytes, small enough to stay in the cache
+    uint32_t low_pair[256][256];       // pair_find of ids below 256, which are single bytes; small enough to stay in the processor's cache
     uint32_t char_id[65536];           // tokens that are one character of three bytes, by code point
     uint32_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
     int table_shift;                       // 64 - log2(slots)
@@ -752,6 +754,7 @@ uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
 }
 
 uint32_t pair_find(const Tokenizer *t, uint32_t left, uint32_t right) {
+    if ((left | right) < 256) return t->low_pair[left][right];
     return slot_id(*pair_slot(t, left, right, pair_hash(left, right)));
 }
 
@@ -809,14 +812,21 @@ uint32_t char_find(const Tokenizer *t, const char *s) {
     return t->char_id[(s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63)];
 }
 
-// Merging may start from whole characters if a word has only such, each a token, and no merge joins a part of one to a neighbour: what the
-// rule does within a character then comes to the same end whatever stands around it.
-bool bpe_start_from_chars(const Tokenizer *t, const char *word, size_t len) {
-    if (len % 3 != 0) return false;
-    for (size_t i = 0; i < len; i += 3) {
-        if (char_find(t, word + i) == NO_TOKEN || (i > 0 && border_is_joined_in_part(&t->borders, word + i))) return false;
+// The tokens that merging starts from, into nodes; returns their number. These are bytes, or whole characters where that is safe: what the
+// rule does within a character comes to the same end whatever stands around it, unless some merge joins a part of it to a neighbour.
+uint32_t bpe_start(const Tokenizer *t, const char *word, size_t len, BpeNode *nodes) {
+    uint32_t count = 0;
+    bool is_free_before = true;    // nothing joins a part of this character to the one before it
+    for (size_t i = 0, n; i < len; i += n) {
+        n = i + 3 <= len && is_first_of_three(word[i]) ? 3 : 1;
+        bool is_free_after = i + n == len || (n == 3 && i + 6 <= len && is_first_of_three(word[i + 3]) &&
+                                              !border_is_joined_in_part(&t->borders, word + i + 3));
+        uint32_t id = n == 3 ? char_find(t, word + i) : NO_TOKEN;
+        if (id != NO_TOKEN && is_free_before && is_free_after) nodes[count++].id = id;
+        else for (size_t k = 0; k < n; k++) nodes[count++].id = t->byte_id[(unsigned char)word[i + k]];
+        is_free_before = n == 3 && is_free_after;
     }
-    return true;
+    return count;
 }
 
 void bpe_merge(const Tokenizer *t, const char *word, size_t len, BpeWork *w, TokenList *out) {
@@ -827,17 +837,13 @@ void bpe_merge(const Tokenizer *t, const char *word, size_t len, BpeWork *w, Tok
         w->heap = (uint64_t *)xrealloc(w->heap, 3 * w->capacity * sizeof(uint64_t));
     }
     BpeNode *nodes = w->nodes;
-    uint32_t step = bpe_start_from_chars(t, word, len) ? 3 : 1, end = (uint32_t)len / step;
+    uint32_t end = bpe_start(t, word, len, nodes);
     for (uint32_t i = 0; i < end; i++) {
-        nodes[i].id = step == 3 ? char_find(t, word + 3 * i) : t->byte_id[(unsigned char)word[i]];
         nodes[i].previous = i - 1;    // NO_TOKEN for the first
         nodes[i].next = i + 1;
     }
     w->heap_count = 0;
-    for (uint32_t i = 0; i < end; i++) {
-        bool are_bytes = step == 1 && i + 1 < end;
-        bpe_propose(w, i, are_bytes ? t->byte_pair[(unsigned char)word[i]][(unsigned char)word[i + 1]] : bpe_merged(t, nodes, i, end));
-    }
+    for (uint32_t i = 0; i < end; i++) bpe_propose(w, i, bpe_merged(t, nodes, i, end));
     while (w->heap_count > 0) {
         uint64_t item = bpe_heap_pop(w);
         uint32_t at = (uint32_t)item, gone = nodes[at].next;
@@ -857,7 +863,8 @@ void bpe_free(BpeWork *w) {
     free(w->heap);
 }
 
-// What a thread has met: words of at most 16 bytes that gave at most 3 tokens, one in a slot, the latest stays. 2 MB a thread.
+// The words that a thread has met: those of at most 16 bytes that gave at most 3 tokens, one in a slot, the latest stays. 2 MB, made by the
+// thread's first call and kept while the program runs. (Not a static array: glibc would take those 2 MB out of each thread's stack.)
 #ifdef __cplusplus
 #define THREAD_LOCAL thread_local
 #else
@@ -865,39 +872,47 @@ void bpe_free(BpeWork *w) {
 #endif
 enum { WORD_BYTES = 16, WORD_TOKENS = 3, WORD_BITS = 16 };
 typedef struct { WordKey key; uint32_t ids[WORD_TOKENS]; uint16_t len, count; } KnownWord;
-typedef struct { uint64_t vocabulary; KnownWord words[1 << WORD_BITS]; } WordCache;    // vocabulary: the hash of its Tokenizer
-static THREAD_LOCAL WordCache word_cache;
+typedef struct { uint64_t vocabulary; KnownWord words[1 << WORD_BITS]; } WordCache;    // vocabulary: hash of the Tokenizer they belong to
+static THREAD_LOCAL WordCache *word_cache;
 
-typedef struct { const char *text; size_t len; WordKey key; uint64_t hash; } Word;
+WordCache *word_cache_of_thread(const Tokenizer *t) {
+    if (!word_cache) word_cache = (WordCache *)xcalloc(1, sizeof(WordCache));
+    else if (word_cache->vocabulary != t->hash) memset(word_cache, 0, sizeof(WordCache));
+    word_cache->vocabulary = t->hash;
+    return word_cache;
+}
 
-// The word text[0..len). Room: bytes of text that may be read, at least len. Its slot of the cache starts to travel from memory.
-Word word_make(const char *text, size_t len, size_t room) {
-    Word w = { text, len, { 0, 0 }, 0 };
+typedef struct { const char *text; size_t len; WordKey key; uint64_t hash; KnownWord *slot; } Word;    // slot: NULL if len > WORD_BYTES
+
+// The word text[0..len). room: bytes of text that may be read, at least len. Its slot begins to travel from memory to the processor.
+Word word_make(WordCache *cache, const char *text, size_t len, size_t room) {
+    Word w = { text, len, { 0, 0 }, 0, NULL };
     if (len > WORD_BYTES) return w.hash = token_hash(text, len, room), w;
     w.key = word_key(text, len, room);
     w.hash = word_hash(w.key, len);
-    __builtin_prefetch(&word_cache.words[w.hash >> (64 - WORD_BITS)]);
+    w.slot = &cache->words[w.hash >> (64 - WORD_BITS)];
+    __builtin_prefetch(w.slot);
     return w;
 }
 
 void bpe_encode(const Tokenizer *t, Word w, BpeWork *work, TokenList *out) {
-    KnownWord *known = &word_cache.words[w.hash >> (64 - WORD_BITS)];
-    size_t from = out->count, count;
-    if (known->key.a == w.key.a && known->key.b == w.key.b && known->len == w.len) {    // never so for a long word
+    KnownWord *slot = w.slot;
+    size_t from = out->count;
+    if (slot && slot->key.a == w.key.a && slot->key.b == w.key.b && slot->len == w.len) {
         if (from + WORD_TOKENS > out->capacity) token_list_grow(out);
-        for (size_t i = 0; i < WORD_TOKENS; i++) out->ids[from + i] = known->ids[i];    // three are copied faster than `count`
-        out->count += known->count;
+        for (size_t i = 0; i < WORD_TOKENS; i++) out->ids[from + i] = slot->ids[i];    // three are copied faster than `count`
+        out->count += slot->count;
         return;
     }
     uint32_t id = w.len <= (size_t)t->longest ? slot_id(*token_slot(t, w.text, w.len, w.hash)) : NO_TOKEN;
     if (id != NO_TOKEN) token_list_push(out, id);
     else bpe_merge(t, w.text, w.len, work, out);
-    count = out->count - from;
-    if (w.len > WORD_BYTES || count > WORD_TOKENS) return;
-    known->key = w.key;
-    known->len = (uint16_t)w.len;
-    known->count = (uint16_t)count;
-    for (size_t i = 0; i < count; i++) known->ids[i] = out->ids[from + i];
+    size_t count = out->count - from;
+    if (!slot || count > WORD_TOKENS) return;
+    slot->key = w.key;
+    slot->len = (uint16_t)w.len;
+    slot->count = (uint16_t)count;
+    for (size_t i = 0; i < count; i++) slot->ids[i] = out->ids[from + i];
 }
 
 Tokenizer *tokenizer_new(void) {
@@ -958,7 +973,7 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
     t->pair_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
     t->parts = (uint32_t (*)[2])xmalloc((size_t)(t->num_ranks + 1) * sizeof(*t->parts));
     memset(t->byte_id, 0xFF, sizeof(t->byte_id));
-    memset(t->byte_pair, 0xFF, sizeof(t->byte_pair));
+    memset(t->low_pair, 0xFF, sizeof(t->low_pair));
     memset(t->char_id, 0xFF, sizeof(t->char_id));
     t->hash = FNV_START;
     for (int r = 0; r < t->num_ranks; r++) {
@@ -987,7 +1002,7 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
         size_t left = t->start[merged.ids[0] + 1] - t->start[merged.ids[0]];
         border_learn(&t->borders, bytes, left, len - left);
         if (len == 3 && is_first_of_three(bytes[0])) t->char_id[(bytes[0] & 15) << 12 | (bytes[1] & 63) << 6 | (bytes[2] & 63)] = (uint32_t)r;
-        if (len == 2) t->byte_pair[(unsigned char)bytes[0]][(unsigned char)bytes[1]] = (uint32_t)r;
+        if ((merged.ids[0] | merged.ids[1]) < 256) t->low_pair[merged.ids[0]][merged.ids[1]] = (uint32_t)r;
         uint64_t hash = pair_hash(merged.ids[0], merged.ids[1]);
         *pair_slot(t, merged.ids[0], merged.ids[1], hash) = slot_fill((uint32_t)r, hash);
     }
@@ -1100,22 +1115,19 @@ void tokenizer_use_specials(Tokenizer *t, const char *set) {
 
 typedef enum { SPECIALS_AS_TEXT, SPECIALS_PARSED } SpecialsMode;
 
-// Text without special tokens: NFC, split, BPE. Several words are on their way at once, so that nobody waits for memory.
+// Text without special tokens: NFC, split, BPE. Several words are on their way at once, so that none waits for memory.
 enum { WORDS_AT_ONCE = 16 };
 void tokenizer_encode_text(const Tokenizer *t, const char *text, size_t len, TokenList *out) {
     char *copy = nfc_normalize(text, len, &len);
     if (copy) text = copy;
-    if (word_cache.vocabulary != t->hash) {
-        memset(&word_cache, 0, sizeof(word_cache));
-        word_cache.vocabulary = t->hash;
-    }
+    WordCache *cache = word_cache_of_thread(t);
     BpeWork work = { NULL, NULL, 0, 0 };
     Word words[WORDS_AT_ONCE];
     for (size_t at = 0, next; at < len;) {
         int count = 0;
         for (; count < WORDS_AT_ONCE && at < len; at = next) {
             next = split_next(&t->borders, text, at, len);
-            words[count++] = word_make(text + at, next - at, len - at);
+            words[count++] = word_make(cache, text + at, next - at, len - at);
         }
         for (int i = 0; i < count; i++) bpe_encode(t, words[i], &work, out);
     }

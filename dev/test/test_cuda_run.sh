@@ -12,7 +12,7 @@ values() { sed -n "s/.*\"$2\":\([^,}]*\).*/\1/p" "$work/$1/log.jsonl"; }
 # close A B KEY TOLERANCE: every number KEY of both logs, relative
 close() {
     values "$1" "$3" > "$work/a"; values "$2" "$3" > "$work/b"
-    worst=$(paste "$work/a" "$work/b" | awk '{ d = $1 / $2 - 1; if (d < 0) d = -d; if (d > m) m = d }
+    worst=$(paste "$work/a" "$work/b" | awk 'BEGIN { m = 0 } { d = $1 / $2 - 1; if (d < 0) d = -d; if (d > m) m = d }
         NF != 2 || d != d { m = "nan" } END { if (NR == 0) m = "nan"; print m }')
     awk -v worst="$worst" -v most="$4" 'BEGIN { exit !(worst != "nan" && worst <= most) }'
     check $? "$1 and $2: $3 differs by at most $worst (allowed $4)"
@@ -38,6 +38,32 @@ check $? "resume: $(grep resumed "$work/resume.out")"
 cmp -s "$work/bf16/step_00000006/model.safetensors" "$work/halves/step_00000006/model.safetensors" &&
     cmp -s "$work/bf16/step_00000006/optimizer.safetensors" "$work/halves/step_00000006/optimizer.safetensors"
 check $? "resume: the weights and moments of an uninterrupted run, to the last bit"
+
+# fine-tuning: SFT with adapters and DPO from the CPU's checkpoint
+head -n 40 data/tiny_baike/dpo.jsonl > "$work/pairs.jsonl"; head -n 40 data/tiny_baike/sft.jsonl > "$work/chats.jsonl"
+./prepare --task sft --tokenizer data/tiny_baike/tokenizer.bin --out "$work/data_sft" "$work/chats.jsonl" > /dev/null
+./prepare --task dpo --tokenizer data/tiny_baike/tokenizer.bin --out "$work/data_dpo" "$work/pairs.jsonl" > /dev/null
+tune="--model $work/cpu --steps 6 --lr 1e-3 --warmup 0 --schedule constant --batch 2 --accum 2 --seq 64 --eval-tokens 500 --sample-every 0"
+for task in sft dpo; do
+    [ $task = sft ] && more="--lora-rank 4" || more="--beta 0.5"
+    ./train_qwen --task $task --data "$work/data_$task" --val "$work/data_$task/train.bin" $tune $more --out "$work/cpu_$task" > "$work/cpu_$task.out" 2>&1
+    for precision in fp32 bf16; do
+        build/emu/train_$precision --task $task --data "$work/data_$task" --val "$work/data_$task/train.bin" $tune $more --out "$work/${precision}_$task" > "$work/out" 2>&1
+        check $? "train_qwencu in $precision: $task"
+    done
+done
+close fp32_sft cpu_sft loss 1e-5
+close fp32_sft cpu_sft norm 2e-4
+close bf16_sft cpu_sft loss 2e-3
+close bf16_sft cpu_sft norm 2e-2
+close fp32_dpo cpu_dpo loss 1e-4
+close fp32_dpo cpu_dpo val_margin 1e-3
+close bf16_dpo cpu_dpo loss 2e-2
+close bf16_dpo cpu_dpo val_accuracy 0.05
+[ "$(ls "$work"/data_dpo/reference_*.f64 | wc -l)" = 2 ]
+check $? "fp32 on CPU and GPU share the reference's log-probabilities, bf16 has its own"
+build/emu/train_bf16 --task sft --data "$work/data_sft" $tune --steps 7 --resume --out "$work/bf16_sft" > "$work/out" 2>&1
+check $? "adapters: $(grep resumed "$work/out")"
 
 gpu=$(build/emu/train_fp32 generate --model "$work/cpu" --prompt 长江是中国 --greedy --ids --max-tokens 8)
 cpu=$(./train_qwen generate --model "$work/cpu" --prompt 长江是中国 --greedy --ids --max-tokens 8)

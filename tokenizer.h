@@ -14,7 +14,7 @@
 //   8 load         .bin, qwen.tiktoken, tokenizer.json, vocab.json + merges.txt
 //   9 save, trim   .bin, Hugging Face files, small vocabularies for small models
 //
-// A Tokenizer never changes after loading, so threads may share one. Errors are one line and exit code 1 (CHECK, DIE of train_qwen.c).
+// A Tokenizer never changes after loading, so threads may share one; each remembers words for itself. Errors are one line and exit code 1 (CHECK, DIE of train_qwen.c).
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 #include "dev/data/unicode.h"    // character classes and NFC data, as Hugging Face's tokenizers library has them
@@ -474,9 +474,9 @@ size_t nfc_settled_prefix(const char *text, size_t len) {
     for (size_t i = 0, n; i < len; last = i, i += n) {
         unsigned char first = (unsigned char)text[i];
         uint32_t c = first;
-        int used = first < 0x80 ? 1 : utf8_decode(text + i, len - i, &c);
-        if (used < 0) return last;
-        if ((unicode_first[first] & (UNICODE_MIXED | UNICODE_UNSETTLED)) && (unicode_bits(c) & UNICODE_UNSETTLED)) return last;
+        bool is_han = first >= 0xE5 && first <= 0xE9 && i + 3 <= len && (text[i + 1] & 0xC0) == 0x80 && (text[i + 2] & 0xC0) == 0x80;
+        int used = first < 0x80 ? 1 : is_han ? 3 : utf8_decode(text + i, len - i, &c);
+        if (used < 0 || (!is_han && (unicode_bits(c) & UNICODE_UNSETTLED))) return last;
         n = (size_t)used;
     }
     return len;
@@ -544,42 +544,52 @@ size_t split_skip(const char *text, size_t at, size_t end, CharClass skipped) {
 // token that ends there and one that begins there. If no merge of the vocabulary joins such two, none ever happens at this border; and as
 // merges on one side neither help nor hinder those on the other, both sides can be encoded alone, with exactly the same tokens. So the
 // splitter cuts there, into words of 1.4 characters on average.
-//   joined           by a hash of both characters: some merge joins a token that ends with the first to one that begins with the second.
-//                    Different pairs may share a bit; that only costs a cut.
-//   joined_in_part   some tokens end within a character ("\xE9\x80\x89\xE6\x8B" is all but the last byte of two). For merges with such a part
-//                    on either side: by the last byte before the border, a bit for the first byte after it.
-// Only between characters of three bytes (U+0800 to U+FFFF), which are those of languages that are written without spaces.
-#define BORDER_BITS 20
-typedef struct {
-    uint64_t joined[1 << (BORDER_BITS - 6)];
-    uint16_t joined_in_part[64];
-} Borders;
+//   joined           a bit for each two characters that some merge joins: a token that ends with the first to one that begins with the second
+//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one token, and so are the last byte of
+//                    删 and 除. For merges with such parts, a bit for what is sure to be around the border: all three bytes on the whole
+//                    side, one on the other.
+// The bits are found by hashing. If two borders share one, this costs a cut, nothing else. Only characters of three bytes (U+0800 to U+FFFF)
+// take part, which are those of languages written without spaces.
+#define JOINED_BITS 20
+#define JOINED_IN_PART_BITS 12
+typedef struct { uint64_t joined[1 << (JOINED_BITS - 6)], joined_in_part[1 << (JOINED_IN_PART_BITS - 6)]; } Borders;
 
+bool bit_get(const uint64_t *bits, uint64_t i) { return bits[i / 64] >> i % 64 & 1; }
+void bit_set(uint64_t *bits, uint64_t i) { bits[i / 64] |= UINT64_C(1) << i % 64; }
 bool is_first_of_three(char c) { return ((unsigned char)c & 0xF0) == 0xE0; }
 
-// border: the first byte behind the border; the characters around it have three bytes
+// `border` points to the first byte behind a border, or to where two parts of a token meet.
 uint64_t border_bit(const char *border) {
-    uint64_t both = 0;
-    memcpy(&both, border - 3, 6);
-    return both * HASH_FACTOR >> (64 - BORDER_BITS);
+    uint32_t first, last;    // four of the six bytes each
+    memcpy(&first, border - 3, 4);
+    memcpy(&last, border - 1, 4);
+    return ((uint64_t)first << 32 | last) * HASH_FACTOR >> (64 - JOINED_BITS);
+}
+
+uint64_t border_part_bit(const char *from, size_t num_bytes) {
+    uint32_t key = 0;
+    memcpy(&key, from, num_bytes);
+    return key * HASH_FACTOR >> (64 - JOINED_IN_PART_BITS);
+}
+
+bool border_is_joined_in_part(const Borders *b, const char *border) {
+    return bit_get(b->joined_in_part, border_part_bit(border - 3, 4)) || bit_get(b->joined_in_part, border_part_bit(border - 1, 4)) ||
+           bit_get(b->joined_in_part, border_part_bit(border - 1, 2));
 }
 
 bool border_is_open(const Borders *b, const char *border) {
-    uint64_t bit = border_bit(border);
-    return (b->joined[bit / 64] >> bit % 64 & 1) || (b->joined_in_part[border[-1] & 63] >> (border[0] & 15) & 1);
+    return bit_get(b->joined, border_bit(border)) || border_is_joined_in_part(b, border);
 }
 
 // Learns from a merge of two tokens, which lie side by side.
-void border_learn(Borders *b, const char *left, size_t left_len, const char *right, size_t right_len) {
-    if (!is_first_of_three(right[0])) return;
-    bool is_whole = left_len >= 3 && is_first_of_three(right[-3]);
+void border_learn(Borders *b, const char *left, size_t left_len, size_t right_len) {
+    const char *border = left + left_len;
+    if (!is_first_of_three(border[0])) return;
+    bool is_whole = left_len >= 3 && is_first_of_three(border[-3]);
     bool is_tail = left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80;
-    if (is_whole && right_len >= 3) {
-        uint64_t bit = border_bit(right);
-        b->joined[bit / 64] |= UINT64_C(1) << bit % 64;
-    } else if (is_whole || is_tail) {
-        b->joined_in_part[right[-1] & 63] |= (uint16_t)(1 << (right[0] & 15));
-    }
+    if (is_whole && right_len >= 3) bit_set(b->joined, border_bit(border));
+    else if (is_whole) bit_set(b->joined_in_part, border_part_bit(border - 3, 4));
+    else if (is_tail) bit_set(b->joined_in_part, border_part_bit(border - 1, right_len >= 3 ? 4 : 2));
 }
 
 // The end of the letters from `at`; with borders, perhaps an earlier one. before: bytes of the character before `at`.
@@ -667,9 +677,10 @@ typedef struct {
     int start_capacity, longest;       // longest: bytes of the longest token
     uint32_t (*parts)[2];              // the two tokens whose merge gives this one; UINT32_MAX for single bytes
     uint32_t byte_id[256];
-    uint32_t byte_pair[256][256];      // pair_find of two single bytes, small enough to stay in the cache
-    uint64_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
-    int token_shift, pair_shift;           // 64 - log2(slots)
+    uint32_t low_pair[256][256];       // pair_find of ids below 256, which are single bytes; small enough to stay in the processor's cache
+    uint32_t char_id[65536];           // tokens that are one character of three bytes, by code point
+    uint32_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
+    int table_shift;                       // 64 - log2(slots)
     Borders borders;                   // where words may be cut
 
     Special *specials;                 // by id
@@ -680,9 +691,8 @@ typedef struct {
 } Tokenizer;
 
 #define NO_TOKEN UINT32_MAX
-#define ID_BITS 21                     // a pair and its rank fit 63 bits
-#define MAX_ID ((1u << ID_BITS) - 2)
-#define EMPTY_SLOT UINT64_MAX
+#define ID_MASK 0x1FFFFFu              // a slot of a table: 11 bits of the hash, 21 bits of id
+#define MAX_ID (ID_MASK - 1)
 #define FNV_START 0xCBF29CE484222325u
 
 uint64_t fnv1a(uint64_t hash, const char *data, size_t len) {
@@ -715,35 +725,37 @@ uint64_t token_hash(const char *s, size_t len, size_t room) {
     return h;
 }
 
-// token_table: 43 hash bits, then the id. The slot of bytes[0..len), or the empty slot where it belongs.
-uint64_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
-    uint64_t mask = (UINT64_C(1) << (64 - t->token_shift)) - 1;
-    for (uint64_t i = hash >> t->token_shift;; i = (i + 1) & mask) {
-        uint64_t *slot = &t->token_table[i];
-        if (*slot == EMPTY_SLOT) return slot;
-        if (((*slot ^ hash) >> ID_BITS) != 0) continue;
-        uint32_t id = (uint32_t)(*slot & ((1u << ID_BITS) - 1));
-        if (t->start[id + 1] - t->start[id] == len && memcmp(t->bytes + t->start[id], bytes, len) == 0) return slot;
+// Both tables hold ids only; a look-up compares with what the id stands for. The slot of a token's bytes, or the empty slot where it belongs:
+uint32_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
+    for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
+        uint32_t *slot = &t->token_table[i], id = *slot & ID_MASK;
+        if (*slot == NO_TOKEN) return slot;
+        if (((*slot ^ hash) & ~ID_MASK & UINT32_MAX) != 0 || t->start[id + 1] - t->start[id] != len) continue;
+        if (memcmp(t->bytes + t->start[id], bytes, len) == 0) return slot;
     }
 }
 
-// The ordinary token with these bytes, NO_TOKEN if there is none.
-uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
-    uint64_t slot = *token_slot(t, bytes, len, token_hash(bytes, len, len));
-    return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
+// The same for the token that left and right merge into.
+uint32_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right, uint64_t hash) {
+    for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
+        uint32_t *slot = &t->pair_table[i], id = *slot & ID_MASK;
+        if (*slot == NO_TOKEN) return slot;
+        if (((*slot ^ hash) & ~ID_MASK & UINT32_MAX) == 0 && t->parts[id][0] == left && t->parts[id][1] == right) return slot;
+    }
 }
 
-// pair_table: left << 42 | right << 21 | rank of the token they merge into.
-uint64_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t key = (uint64_t)left << ID_BITS | right, mask = (UINT64_C(1) << (64 - t->pair_shift)) - 1;
-    uint64_t i = key * HASH_FACTOR >> t->pair_shift;
-    while (t->pair_table[i] != EMPTY_SLOT && t->pair_table[i] >> ID_BITS != key) i = (i + 1) & mask;
-    return &t->pair_table[i];
+uint64_t pair_hash(uint32_t left, uint32_t right) { return ((uint64_t)left << 32 | right) * HASH_FACTOR; }
+uint32_t slot_fill(uint32_t id, uint64_t hash) { return ((uint32_t)hash & ~ID_MASK) | id; }
+uint32_t slot_id(uint32_t slot) { return slot == NO_TOKEN ? NO_TOKEN : slot & ID_MASK; }
+
+// The ordinary token with these bytes, NO_TOKEN if there is none.
+uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
+    return slot_id(*token_slot(t, bytes, len, token_hash(bytes, len, len)));
 }
 
 uint32_t pair_find(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t slot = *pair_slot(t, left, right);
-    return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
+    if ((left | right) < 256) return t->low_pair[left][right];
+    return slot_id(*pair_slot(t, left, right, pair_hash(left, right)));
 }
 
 // The rule: a piece starts as single bytes. Of all adjacent pairs whose bytes together are a token, merge the one of the lowest rank, the
@@ -794,23 +806,44 @@ uint32_t bpe_merged(const Tokenizer *t, const BpeNode *nodes, uint32_t at, uint3
     return nodes[at].next < end ? pair_find(t, nodes[at].id, nodes[nodes[at].next].id) : NO_TOKEN;
 }
 
-void bpe_merge(const Tokenizer *t, const char *piece, size_t len, BpeWork *w, TokenList *out) {
+// The token of the character of three bytes at s, NO_TOKEN if there is none or other characters are there.
+uint32_t char_find(const Tokenizer *t, const char *s) {
+    if (!is_first_of_three(s[0])) return NO_TOKEN;
+    return t->char_id[(s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63)];
+}
+
+// The tokens that merging starts from, into nodes; returns their number. These are bytes, or whole characters where that is safe: what the
+// rule does within a character comes to the same end whatever stands around it, unless some merge joins a part of it to a neighbour.
+uint32_t bpe_start(const Tokenizer *t, const char *word, size_t len, BpeNode *nodes) {
+    uint32_t count = 0;
+    bool is_free_before = true;    // nothing joins a part of this character to the one before it
+    for (size_t i = 0, n; i < len; i += n) {
+        n = i + 3 <= len && is_first_of_three(word[i]) ? 3 : 1;
+        bool is_free_after = i + n == len || (n == 3 && i + 6 <= len && is_first_of_three(word[i + 3]) &&
+                                              !border_is_joined_in_part(&t->borders, word + i + 3));
+        uint32_t id = n == 3 ? char_find(t, word + i) : NO_TOKEN;
+        if (id != NO_TOKEN && is_free_before && is_free_after) nodes[count++].id = id;
+        else for (size_t k = 0; k < n; k++) nodes[count++].id = t->byte_id[(unsigned char)word[i + k]];
+        is_free_before = n == 3 && is_free_after;
+    }
+    return count;
+}
+
+void bpe_merge(const Tokenizer *t, const char *word, size_t len, BpeWork *w, TokenList *out) {
     CHECK(len < NO_TOKEN, "%zu bytes of text without a break; the limit is 4 GiB", len);
     if (len > w->capacity) {
         w->capacity = 2 * len + 256;
         w->nodes = (BpeNode *)xrealloc(w->nodes, w->capacity * sizeof(BpeNode));
         w->heap = (uint64_t *)xrealloc(w->heap, 3 * w->capacity * sizeof(uint64_t));
     }
-    const unsigned char *bytes = (const unsigned char *)piece;
     BpeNode *nodes = w->nodes;
-    uint32_t end = (uint32_t)len;
-    w->heap_count = 0;
+    uint32_t end = bpe_start(t, word, len, nodes);
     for (uint32_t i = 0; i < end; i++) {
-        nodes[i].id = t->byte_id[bytes[i]];
         nodes[i].previous = i - 1;    // NO_TOKEN for the first
         nodes[i].next = i + 1;
-        bpe_propose(w, i, i + 1 < end ? t->byte_pair[bytes[i]][bytes[i + 1]] : NO_TOKEN);
     }
+    w->heap_count = 0;
+    for (uint32_t i = 0; i < end; i++) bpe_propose(w, i, bpe_merged(t, nodes, i, end));
     while (w->heap_count > 0) {
         uint64_t item = bpe_heap_pop(w);
         uint32_t at = (uint32_t)item, gone = nodes[at].next;
@@ -830,45 +863,56 @@ void bpe_free(BpeWork *w) {
     free(w->heap);
 }
 
-// What a thread has met: words of at most 16 bytes that gave at most 3 tokens, one per slot, the latest stays. 1 MB.
+// The words that a thread has met: those of at most 16 bytes that gave at most 3 tokens, one in a slot, the latest stays. 2 MB, made by the
+// thread's first call and kept while the program runs. (Not a static array: glibc would take those 2 MB out of each thread's stack.)
 #ifdef __cplusplus
 #define THREAD_LOCAL thread_local
 #else
 #define THREAD_LOCAL _Thread_local
 #endif
-enum { WORD_BYTES = 16, WORD_TOKENS = 3, WORD_BITS = 15 };
-typedef struct { WordKey key; uint32_t ids[WORD_TOKENS]; uint16_t len, count; } Word;
-typedef struct { uint64_t vocabulary; Word words[1 << WORD_BITS]; } WordCache;    // vocabulary: Tokenizer.hash
-static THREAD_LOCAL WordCache word_cache;
+enum { WORD_BYTES = 16, WORD_TOKENS = 3, WORD_BITS = 16 };
+typedef struct { WordKey key; uint32_t ids[WORD_TOKENS]; uint16_t len, count; } KnownWord;
+typedef struct { uint64_t vocabulary; KnownWord words[1 << WORD_BITS]; } WordCache;    // vocabulary: hash of the Tokenizer they belong to
+static THREAD_LOCAL WordCache *word_cache;
 
-// A word that is not in the cache. hash: its token_hash; any number if it is longer than all tokens
-void bpe_encode_new(const Tokenizer *t, const char *word, size_t len, uint64_t hash, BpeWork *work, TokenList *out) {
-    uint64_t slot = len <= (size_t)t->longest ? *token_slot(t, word, len, hash) : EMPTY_SLOT;
-    if (slot != EMPTY_SLOT) token_list_push(out, (uint32_t)(slot & ((1u << ID_BITS) - 1)));
-    else bpe_merge(t, word, len, work, out);
+WordCache *word_cache_of_thread(const Tokenizer *t) {
+    if (!word_cache) word_cache = (WordCache *)xcalloc(1, sizeof(WordCache));
+    else if (word_cache->vocabulary != t->hash) memset(word_cache, 0, sizeof(WordCache));
+    word_cache->vocabulary = t->hash;
+    return word_cache;
 }
 
-void bpe_encode(const Tokenizer *t, const char *word, size_t len, size_t room, BpeWork *work, TokenList *out) {
-    if (len > WORD_BYTES) {
-        bpe_encode_new(t, word, len, len <= (size_t)t->longest ? token_hash(word, len, room) : 0, work, out);
-        return;
-    }
-    WordKey key = word_key(word, len, room);
-    uint64_t hash = word_hash(key, len);
-    Word *known = &word_cache.words[hash >> (64 - WORD_BITS)];
-    size_t from = out->count, count;
-    if (known->key.a == key.a && known->key.b == key.b && known->len == len) {
+typedef struct { const char *text; size_t len; WordKey key; uint64_t hash; KnownWord *slot; } Word;    // slot: NULL if len > WORD_BYTES
+
+// The word text[0..len). room: bytes of text that may be read, at least len. Its slot begins to travel from memory to the processor.
+Word word_make(WordCache *cache, const char *text, size_t len, size_t room) {
+    Word w = { text, len, { 0, 0 }, 0, NULL };
+    if (len > WORD_BYTES) return w.hash = token_hash(text, len, room), w;
+    w.key = word_key(text, len, room);
+    w.hash = word_hash(w.key, len);
+    w.slot = &cache->words[w.hash >> (64 - WORD_BITS)];
+    __builtin_prefetch(w.slot);
+    return w;
+}
+
+void bpe_encode(const Tokenizer *t, Word w, BpeWork *work, TokenList *out) {
+    KnownWord *slot = w.slot;
+    size_t from = out->count;
+    if (slot && slot->key.a == w.key.a && slot->key.b == w.key.b && slot->len == w.len) {
         if (from + WORD_TOKENS > out->capacity) token_list_grow(out);
-        for (size_t i = 0; i < WORD_TOKENS; i++) out->ids[from + i] = known->ids[i];    // three are copied faster than `count`
-        out->count += known->count;
+        for (size_t i = 0; i < WORD_TOKENS; i++) out->ids[from + i] = slot->ids[i];    // three are copied faster than `count`
+        out->count += slot->count;
         return;
     }
-    bpe_encode_new(t, word, len, hash, work, out);
-    if ((count = out->count - from) > WORD_TOKENS) return;
-    known->key = key;
-    known->len = (uint16_t)len;
-    known->count = (uint16_t)count;
-    for (size_t i = 0; i < count; i++) known->ids[i] = out->ids[from + i];
+    uint32_t id = w.len <= (size_t)t->longest ? slot_id(*token_slot(t, w.text, w.len, w.hash)) : NO_TOKEN;
+    if (id != NO_TOKEN) token_list_push(out, id);
+    else bpe_merge(t, w.text, w.len, work, out);
+    size_t count = out->count - from;
+    if (!slot || count > WORD_TOKENS) return;
+    slot->key = w.key;
+    slot->len = (uint16_t)w.len;
+    slot->count = (uint16_t)count;
+    for (size_t i = 0; i < count; i++) slot->ids[i] = out->ids[from + i];
 }
 
 Tokenizer *tokenizer_new(void) {
@@ -918,31 +962,27 @@ void tokenizer_add(Tokenizer *t, const char *bytes, size_t len, const char *path
     if ((int)len > t->longest) t->longest = (int)len;
 }
 
-uint64_t *tokenizer_table(int entries, int *shift) {
-    int bits = 10;
-    while ((1 << bits) < 2 * entries) bits++;
-    uint64_t *table = (uint64_t *)xmalloc(sizeof(uint64_t) << bits);
-    memset(table, 0xFF, sizeof(uint64_t) << bits);
-    *shift = 64 - bits;
-    return table;
-}
-
 // Tables from the list of tokens. The merges need not be stored: in rank order, merging a token's bytes by the merges known so far must
 // leave exactly two tokens, which are its parts. This holds for every token of Qwen's vocabulary (and makes ranks and the merge list of
 // tokenizer.json say the same); a vocabulary where it fails is not of this kind.
 void tokenizer_finish(Tokenizer *t, const char *path) {
-    t->token_table = tokenizer_table(t->num_ranks, &t->token_shift);
-    t->pair_table = tokenizer_table(t->num_ranks, &t->pair_shift);
+    int bits = 10;
+    while (2 << bits < 3 * t->num_ranks) bits++;    // at least a third of the slots is empty
+    t->table_shift = 64 - bits;
+    t->token_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
+    t->pair_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
     t->parts = (uint32_t (*)[2])xmalloc((size_t)(t->num_ranks + 1) * sizeof(*t->parts));
     memset(t->byte_id, 0xFF, sizeof(t->byte_id));
-    memset(t->byte_pair, 0xFF, sizeof(t->byte_pair));
+    memset(t->low_pair, 0xFF, sizeof(t->low_pair));
+    memset(t->char_id, 0xFF, sizeof(t->char_id));
     t->hash = FNV_START;
     for (int r = 0; r < t->num_ranks; r++) {
         const char *bytes = t->bytes + t->start[r];
         unsigned char len = (unsigned char)(t->start[r + 1] - t->start[r]);
-        uint64_t hash = token_hash(bytes, len, t->num_bytes - t->start[r]), *slot = token_slot(t, bytes, len, hash);
-        CHECK(*slot == EMPTY_SLOT, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
-        *slot = hash >> ID_BITS << ID_BITS | (uint64_t)r;
+        uint64_t hash = token_hash(bytes, len, t->num_bytes - t->start[r]);
+        uint32_t *slot = token_slot(t, bytes, len, hash);
+        CHECK(*slot == NO_TOKEN, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
+        *slot = slot_fill((uint32_t)r, hash);
         if (len == 1) t->byte_id[(unsigned char)bytes[0]] = (uint32_t)r;
         t->hash = fnv1a(fnv1a(t->hash, (const char *)&len, 1), bytes, len);
     }
@@ -960,9 +1000,11 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
         t->parts[r][0] = merged.ids[0];
         t->parts[r][1] = merged.ids[1];
         size_t left = t->start[merged.ids[0] + 1] - t->start[merged.ids[0]];
-        border_learn(&t->borders, bytes, left, bytes + left, len - left);
-        if (len == 2) t->byte_pair[(unsigned char)bytes[0]][(unsigned char)bytes[1]] = (uint32_t)r;
-        *pair_slot(t, merged.ids[0], merged.ids[1]) = ((uint64_t)merged.ids[0] << ID_BITS | merged.ids[1]) << ID_BITS | (uint64_t)r;
+        border_learn(&t->borders, bytes, left, len - left);
+        if (len == 3 && is_first_of_three(bytes[0])) t->char_id[(bytes[0] & 15) << 12 | (bytes[1] & 63) << 6 | (bytes[2] & 63)] = (uint32_t)r;
+        if ((merged.ids[0] | merged.ids[1]) < 256) t->low_pair[merged.ids[0]][merged.ids[1]] = (uint32_t)r;
+        uint64_t hash = pair_hash(merged.ids[0], merged.ids[1]);
+        *pair_slot(t, merged.ids[0], merged.ids[1], hash) = slot_fill((uint32_t)r, hash);
     }
     free(merged.ids);
     bpe_free(&work);
@@ -1073,18 +1115,21 @@ void tokenizer_use_specials(Tokenizer *t, const char *set) {
 
 typedef enum { SPECIALS_AS_TEXT, SPECIALS_PARSED } SpecialsMode;
 
-// Text without special tokens: NFC, split, BPE.
+// Text without special tokens: NFC, split, BPE. Several words are on their way at once, so that none waits for memory.
+enum { WORDS_AT_ONCE = 16 };
 void tokenizer_encode_text(const Tokenizer *t, const char *text, size_t len, TokenList *out) {
     char *copy = nfc_normalize(text, len, &len);
-    BpeWork work = { NULL, NULL, 0, 0 };
     if (copy) text = copy;
-    if (word_cache.vocabulary != t->hash) {
-        memset(&word_cache, 0, sizeof(word_cache));
-        word_cache.vocabulary = t->hash;
-    }
-    for (size_t at = 0, next; at < len; at = next) {
-        next = split_next(&t->borders, text, at, len);
-        bpe_encode(t, text + at, next - at, len - at, &work, out);
+    WordCache *cache = word_cache_of_thread(t);
+    BpeWork work = { NULL, NULL, 0, 0 };
+    Word words[WORDS_AT_ONCE];
+    for (size_t at = 0, next; at < len;) {
+        int count = 0;
+        for (; count < WORDS_AT_ONCE && at < len; at = next) {
+            next = split_next(&t->borders, text, at, len);
+            words[count++] = word_make(cache, text + at, next - at, len - at);
+        }
+        for (int i = 0; i < count; i++) bpe_encode(t, words[i], &work, out);
     }
     bpe_free(&work);
     free(copy);

@@ -12,11 +12,18 @@ void fuzz_start(void) {
     for (int task = 0; task < 3; task++) encoders[task] = encoder_make(tokenizer, (Task)task);
 }
 
+void check_valid(const char *text, size_t len) {
+    uint32_t c;
+    for (size_t i = 0; i < len; i += (size_t)utf8_length((unsigned char)text[i])) {
+        fuzz_expect(utf8_decode(text + i, len - i, &c) > 0, "a string that is not UTF-8");
+    }
+}
+
 void write_value(FILE *f, const Json *value) {
     static const char *const words[] = {"null", "false", "true"};
     if (value->type <= JSON_TRUE) fputs(words[value->type], f);
     else if (value->type == JSON_NUMBER) fwrite(value->text, 1, value->len, f);
-    else if (value->type == JSON_STRING) json_write_string(f, value->text, value->len);
+    else if (value->type == JSON_STRING) check_valid(value->text, value->len), json_write_string(f, value->text, value->len);
     else {
         putc(value->type == JSON_ARRAY ? '[' : '{', f);
         for (const Json *member = value->child; member; member = member->next) {

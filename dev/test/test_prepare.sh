@@ -262,6 +262,13 @@ ends() { for f in "$1"/*.bin; do [ "$f" = "$1/tokenizer.bin" ] || tail -c +257 "
 equal "20000 documents have 20000 end markers, over shards and val.bin" "$(ends "$D/20000")" "20000 20000"
 equal "and the headers say so" "$(for f in "$D"/20000/train_*.bin "$D/20000/val.bin"; do documents "$f"; done | awk '{ n += $1 } END { print n }')" 20000
 rm -r "$D/20000"
+awk 'BEGIN { for (k = 0; k < 20; k++) long = long "天地玄黄，宇宙洪荒。"
+    for (i = 0; i < 120000; i++) printf "{\"text\": \"document %d: %s\"}\n", i, i < 80000 ? i * i : long }' > "$D/batches.jsonl"
+split -l 20000 "$D/batches.jsonl" "$D/piece_"
+prep batches --trim-vocab "$D/batches.jsonl"
+prep pieces --trim-vocab "$D"/piece_*
+same_file "a file of several batches, as in pieces of one batch" "$D/batches/train.bin" "$D/pieces/train.bin"
+rm -r "$D/batches" "$D/pieces" "$D"/piece_*
 
 echo "--- filters, split, shards"
 prep dedup --dedup "$D/lines.jsonl" "$D/lines.jsonl" "$D/1.jsonl"

@@ -15,6 +15,7 @@
 #include "../train_qwen.c"
 #endif
 #include "data/chat_template.h"
+#include <poll.h>
 #ifdef QWEN_READLINE
 #include <readline/history.h>
 #include <readline/readline.h>
@@ -169,16 +170,19 @@ void chat_keep_answer(Chat *c, const int *tokens, int count) {
 static volatile sig_atomic_t interrupted;
 void on_interrupt(int signal_number) { interrupted = signal_number; }
 
+// Waits until the terminal has something to read, or Ctrl-C was pressed (then false), also just before this call.
+bool wait_for_input(void) {
+    struct pollfd input = {STDIN_FILENO, POLLIN, 0};
+    while (!interrupted && poll(&input, 1, 100) <= 0) continue;
+    return !interrupted;
+}
+
 #ifdef QWEN_READLINE
 // readline's own signal handling goes on waiting for the line; here Ctrl-C gives it up.
 int read_key(FILE *from) {
     unsigned char key;
-    for (;;) {
-        ssize_t n = read(fileno(from), &key, 1);
-        if (n == 1) return key;
-        if (n == 0 || errno != EINTR) return EOF;
-        if (interrupted) return rl_replace_line("", 0), '\n';
-    }
+    if (!wait_for_input()) return rl_replace_line("", 0), '\n';
+    return read(fileno(from), &key, 1) == 1 ? key : EOF;
 }
 #endif
 
@@ -195,7 +199,8 @@ char *read_line(const Chat *c, const char *prompt) {
     char *line = NULL;
     size_t room = 0;
     if (c->interactive) fputs(prompt, stdout), fflush(stdout);
-    ssize_t length = getline(&line, &room, stdin);
+    bool waiting = !c->interactive || wait_for_input();          // a terminal gives a line at a time, so none is in stdin's buffer
+    ssize_t length = waiting ? getline(&line, &room, stdin) : -1;
     if (length < 0) {
         CHECK(!ferror(stdin) || interrupted, "cannot read the input: %s", strerror(errno));
         clearerr(stdin);

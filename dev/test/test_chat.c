@@ -6,7 +6,6 @@
 #include "../chat.c"
 #include "test.h"
 #include "fixtures.h"
-#include <poll.h>
 #include <termios.h>
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -82,6 +81,30 @@ void test_generate(const char *family) {
     }
     free(sequence.tokens), free(prompt), free(wanted);
     machine_close(&m), safetensors_close(&s);
+}
+
+// A vocabulary with gaps, as every Qwen's: ids without a token never come, however hot the sampling.
+void test_gaps(void) {
+    Model m = {};
+    model_load(&m, FIXTURES "/qwen2");
+    machine_open(&m, 1, 4, 1, 30, RECOMPUTE_LAYERS, EVALUATE);
+    enum { RANKS = 5, GAPS = 50 };
+    char text[] = "<x>", bytes[RANKS] = "abcd";
+    Special special = {text, 3, RANKS + 7, true};
+    int special_at[GAPS], good = 0;
+    uint32_t start[RANKS + 1] = {0, 1, 2, 3, 4, 5};
+    for (int i = 0; i < GAPS; i++) special_at[i] = i == 7 ? 0 : -1;
+    Tokenizer t = {};
+    t.num_ranks = RANKS, t.vocab_size = RANKS + GAPS, t.im_end = t.endoftext = -1, t.special_at = special_at, t.bytes = bytes, t.start = start;
+    t.specials = &special, t.num_specials = 1;
+    Sampler sampler = {1, 50, 0, 1, 0, false};
+    Sequence sequence = {};
+    Ids got = {{0}, 0};
+    sequence_push(&sequence, 1);
+    generate(&m, &sequence, &t, 29, &sampler, 1, keep_id, &got);
+    for (int i = 0; i < got.count; i++) good += got.ids[i] < RANKS || got.ids[i] == RANKS + 7;
+    check(got.count == 29 && good == 29, "%d of %d sampled ids have a token", good, got.count);
+    free(sequence.tokens), machine_close(&m);
 }
 
 // However a sequence came about, its logits are those of a new one.
@@ -329,6 +352,20 @@ char *output_of(const char *command, int *code) {
     return text;
 }
 
+// What write_text lets through.
+void test_write_text(void) {
+    static const char text[] = "a\tb\n\033[31m\x7F\xC2\x9B" "31m\xC2\xA0\xE4\xBD\xA0\r\xC2";
+    const char *path = path_of("%s/text", model_path);
+    fflush(stdout);
+    int terminal = dup(1), file = open(path, O_RDWR | O_CREAT, 0600);
+    dup2(file, 1);
+    write_text(text, sizeof text - 1);
+    dup2(terminal, 1), close(file), close(terminal);
+    char *got = read_file(path, NULL);
+    check(strcmp(got, "a\tb\n[31m31m\xC2\xA0\xE4\xBD\xA0") == 0, "control characters are left out, also those from U+0080 to U+009F");
+    free(got);
+}
+
 void test_pipe(void) {
     int code, bad = 0, controls = 0, replaced = 0;
     char *text = output_of(path_of("printf 'one\\n\\ntwo\\r\\nthree' | ./chat --model %s --max-tokens 200 --fresh --temperature 2 2>/dev/null", model_path), &code);
@@ -356,12 +393,14 @@ void test_pipe(void) {
 int main(void) {
     test_filters();
     test_generate("qwen2"), test_generate("qwen3");
+    test_gaps();
     test_sequence();
     test_prompts();
     test_system_messages();
     make_model();
     test_terminal();
     test_interrupt();
+    test_write_text();
     test_pipe();
     delete_directory(model_path);
     return verdict();

@@ -1,6 +1,8 @@
 # make train_qwen && ./train_qwen     build the trainer and train a small model on a small Chinese corpus
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
+# make bench                          speed, against the limits of this machine
+# make portable                       train_qwen as one binary for every x86-64
 # make chat | chatcu                  talk to a checkpoint
 # make evaluate | evaluatecu          perplexity, multiple choice
 # make plot                           loss curves of runs
@@ -68,7 +70,9 @@ CUDA_SOURCES := train_qwen.cu train_qwen.c tokenizer.h dataloader.h $(wildcard d
 EMU_SOURCES := $(wildcard dev/emu/*.h dev/emu/cuda.sed dev/emu/emucc)
 NVCC_FLAGS := -O3 -std=c++17 -Xcompiler -O3,-fopenmp,-Wno-unknown-pragmas
 EMUCC = CXX=$(CXX) dev/emu/emucc
-CUDACC = $(if $(EMULATE),$(EMUCC) -O2 $(ARCH),nvcc $(NVCC_FLAGS) -arch=$(GPU_ARCH) -lcublasLt)
+# Tests include the whole trainer and use some of it: g++ need not compile the rest.
+WHOLE := $(if $(findstring clang,$(CXX)),,-fwhole-program)
+CUDACC = $(if $(EMULATE),$(EMUCC) -O2 $(ARCH) $(WHOLE),nvcc $(NVCC_FLAGS) -arch=$(GPU_ARCH) -lcublasLt)
 build/cuda_flags: FORCE | build
 	@echo '$(CUDACC) $(PRECISION)' | cmp -s - $@ || echo '$(CUDACC) $(PRECISION)' > $@
 train_qwencu test_qwencu: %_qwencu: %_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
@@ -95,8 +99,25 @@ $(TINY)/train.bin: $(wildcard dev/data/tiny_baike/*) | prepare $(GENERATE)
 	$(GENERATE) --out $(TINY) --seed 1
 	./prepare --trim-vocab --val-fraction 0.05 --out $(TINY) $(TINY)/wiki.json $(TINY)/baike.jsonl $(TINY)/web.jsonl
 
+# How fast the CPU code is, against what this machine can do; and matrix multiplication from three loops to the one in use.
+CPU_SOURCES := train_qwen.c tokenizer.h dataloader.h dev/cpu/bench.h
+build/cpu_%: dev/cpu/%.c $(CPU_SOURCES) build/flags
+	$(CC) $(FLAGS) $(OPENMP) -o $@ $< -lm
+# train_qwen for any x86-64 Linux: compiled for three generations of processors, of which dev/cpu/dispatch.c takes one when it starts.
+PORTABLE := train_qwen
+ARCH_sse2 := -march=x86-64
+ARCH_avx2 := -march=x86-64-v3
+ARCH_avx512 := -march=x86-64-v4 $(filter-out -Werror,$(WIDE))
+build/portable_%.o: train_qwen.c tokenizer.h dataloader.h build/flags
+	$(CC) -std=c11 $(CFLAGS) $(ARCH_$*) $(WARN) $(OPENMP) -Dmain=main_$* -c -o $@ $<
+	objcopy --keep-global-symbol=main_$* $@
+portable: dev/cpu/dispatch.c build/portable_sse2.o build/portable_avx2.o build/portable_avx512.o prepare $(GENERATE)
+	$(CC) -std=c11 $(CFLAGS) $(WARN) $(OPENMP) -o $(PORTABLE) $(filter %.c %.o,$^) -lm
+bench: build/cpu_bench
+	OMP_WAIT_POLICY=active build/cpu_bench
+
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
-TESTS := test_train test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
+TESTS := test_train test_align test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 build/test_%: dev/test/test_%.c build/flags
 	$(BUILD)
@@ -106,18 +127,21 @@ build/sanitized_%: dev/test/%.c build/flags
 # The CUDA code without a GPU: the check against the CPU in both precisions and several orders of threads, the kernels in isolation, and the
 # emulator's own tests. test-emu-asan and test-emu-tsan do the first with sanitizers, on a few cases.
 KERNELS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
-EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/train_bf16 build/emu/train_fp32 build/emu/chat_fp32 build/emu/evaluate_fp32 build/emu/semantics build/emu/nccl_test
+EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/train_bf16 build/emu/train_fp32 build/emu/align_bf16 build/emu/align_fp32 \
+    build/emu/chat_fp32 build/emu/evaluate_fp32 build/emu/semantics build/emu/nccl_test
 RUN_EMU := OMP_WAIT_POLICY=passive
 $(KERNELS:%=build/%): build/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
 build/emu/test_%: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $(FLAGS_$*) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
+build/emu/align_%: dev/test/test_align.cu dev/test/test_align.c $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
 build/emu/train_%: train_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $(FLAGS_$*) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
 build/emu/chat_fp32 build/emu/evaluate_fp32: build/emu/%_fp32: build/%.cu dev/chat.c dev/data/chat_template.h $(wildcard dev/eval/*.[ch]) $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $(FLAGS_fp32) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_fp32) $< -o $@
 build/emu/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
-	$(EMUCC) -O1 $(ARCH) $< -o $@
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $< -o $@
 build/emu/%: dev/emu/test/%.cu $(EMU_SOURCES) build/flags
 	$(EMUCC) -Wall -Wextra -Wno-unused-function -Werror $< -o $@
 build/emu/asan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
@@ -131,6 +155,8 @@ test-emu: train_qwen chat evaluate $(TINY)/train.bin | build
 	    echo "test_qwencu bf16, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
 	for order in 0 2; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_fp32 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
 	    echo "test_qwencu fp32, EMU_ORDER=$$order: $$(tail -n 1 build/emu/log)"; done
+	for precision in bf16 fp32; do $(RUN_EMU) build/emu/align_$$precision > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
+	    echo "DPO and LoRA of train_qwencu, $$precision: $$(tail -n 1 build/emu/log)"; done
 	for kernel in $(KERNELS); do $(RUN_EMU) build/emu/$$kernel > build/emu/log || { cat build/emu/log; exit 1; }; \
 	    echo "dev/cuda/$$kernel.cu: $$(tail -n 1 build/emu/log)"; done
 	for own in semantics nccl_test; do $(RUN_EMU) build/emu/$$own > build/emu/log 2>&1 || { cat build/emu/log; exit 1; }; \
@@ -161,10 +187,26 @@ test-nvcc: build/chat.cu build/evaluate.cu | build
 test-gpu: $(if $(GPU),test_qwencu)
 	$(if $(GPU),./test_qwencu,@echo "SKIP there is no GPU here; the emulator ran every kernel instead")
 
-test: $(PROGRAMS) chat $(TINY)/train.bin $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile
+# Fuzzers: the JSON reader with prepare's records, the tokenizer, the token-file reader. `make test` feeds them the committed corpus;
+# `make fuzz` looks for more with clang's libFuzzer, each for FUZZ_SECONDS: new inputs go to build/fuzz_NAME.d, findings to build.
+FUZZERS := json tokenizer tokens
+FUZZ_SECONDS ?= 60
+build/fuzz_%: dev/test/fuzz_%.c dev/test/fuzz.h dev/data/prepare.c train_qwen.c tokenizer.h dataloader.h | build
+	clang $(SANITIZE) -DLIBFUZZER -fsanitize=fuzzer -o $@ $< -lm
+fuzz: $(FUZZERS:%=build/fuzz_%)
+	for f in $(FUZZERS); do mkdir -p build/fuzz_$$f.d; (build/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
+	    -detect_leaks=0 -artifact_prefix=build/fuzz_$$f. build/fuzz_$$f.d dev/test/fuzz_corpus/$$f > build/fuzz_$$f.log 2>&1; \
+	    echo "fuzz_$$f: exit code $$?, $$(grep -a -o '^#[0-9]*' build/fuzz_$$f.log | tail -n 1) inputs, see build/fuzz_$$f.log") & done; wait; ! ls build/fuzz_*.crash-* build/fuzz_*.oom-* build/fuzz_*.timeout-* 2> /dev/null
+test-fuzz: $(FUZZERS:%=build/sanitized_fuzz_%)
+	for f in $(FUZZERS); do $(RUN_SANITIZED) build/sanitized_fuzz_$$f dev/test/fuzz_corpus/$$f/* || exit 1; done
+
+test: $(PROGRAMS) chat $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TESTS:%=build/%) $(TESTS:%=build/sanitized_%) test-compile test-fuzz
 	$(foreach t,$(TESTS),build/$(t) && $(RUN_SANITIZED) build/sanitized_$(t) && ) true
 	sh dev/test/test_prepare.sh
 	sh dev/test/test_cli.sh
+	build/cpu_matmul check
+	sh dev/test/test_portable.sh
+	sh dev/test/test_align.sh
 	$(MAKE) -s test-emu test-nvcc test-gpu
 	@echo "all tests passed"
 
@@ -184,5 +226,5 @@ debug: train_qwen.c | build
 clean:
 	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu plot
 
-.PHONY: FORCE all notes tiny_baike test test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
+.PHONY: FORCE all notes tiny_baike bench portable fuzz test test-fuzz test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

@@ -94,9 +94,11 @@ void shard_close(Shard *s) {
 // ---------------------------------------------------------------------------------------------------------------------
 // 2. The loader. An epoch is num_rows rows of T inputs and T targets.
 //    Pretraining cuts every shard into windows: row w reads tokens [w*T, w*T + T], targets are the inputs moved by one.
-//    SFT packs whole documents into rows (`packed`); what is longer than T + 1 tokens is cut there and counted.
+//    SFT and DPO pack whole documents into rows (`packed`). A document longer than a row, T + 1 tokens, is cut there and counted. DPO's
+//    documents are pairs, chosen then rejected; a pair is never parted, and each of both has half a row. A document without a target in
+//    what is left of it (its prompt alone fills the row) teaches nothing: it is dropped and counted, in DPO with its pair.
 
-typedef struct { int shard, count; uint64_t first; } Document;      // tokens [first, first + count) of a shard
+typedef struct { int shard, count, number; uint64_t first; } Document;     // tokens [first, first + count) of a shard; number: see Batch
 
 typedef struct {
     Shard *shards;
@@ -109,7 +111,8 @@ typedef struct {
     uint64_t *first_row;                    // windows: first_row[s] is the first row of shard s; num_shards + 1 entries
     Document *documents;                    // packed: in row order
     uint64_t *row_document;                 // packed: row r holds documents [row_document[r], row_document[r + 1])
-    uint64_t num_documents, num_cut;        // packed: how many, and how many were longer than a row
+    uint64_t num_documents, num_cut;        // packed: how many, and how many of them were longer
+    uint64_t num_dropped;                   // packed: documents (DPO: pairs) without a target
     uint64_t fingerprint;                   // of the data, so that a resume with other data is noticed
 } Loader;
 
@@ -146,30 +149,47 @@ void check_token(const Loader *l, int shard, uint64_t position) {
           "prepare the data with the model's tokenizer", s->path, position, id, l->vocab_size - 1);
 }
 
-// Lists the documents of all shards, in a seeded order, and fills rows of T + 1 tokens with as many whole ones as fit.
+// Packed: how many tokens of a document there is room for.
+int document_room(const Loader *l) { return l->task == TASK_DPO ? (l->T + 1) / 2 : l->T + 1; }
+
+// Lists what can be learnt from in all shards, in a seeded order, and fills rows of T + 1 tokens with as much of it as fits.
 void loader_pack(Loader *l) {
-    uint64_t capacity = 0, n = 0;
+    uint64_t capacity = 0, n = 0, group = l->task == TASK_DPO ? 2 : 1, room = (uint64_t)document_room(l);
     for (int s = 0; s < l->num_shards; s++) capacity += l->shards[s].header->num_documents;
+    CHECK(capacity <= INT32_MAX, "%s ... hold %" PRIu64 " documents, at most %d are possible", l->shards[0].path, capacity, INT32_MAX);
     Document *found = (Document *)xmalloc(capacity * sizeof *found);
     for (int s = 0; s < l->num_shards; s++) {
         const Shard *shard = &l->shards[s];
-        for (uint64_t i = 0; i < shard->num_tokens; i++) {
-            bool begins = (shard->tokens[i] & TOKEN_DOC_START) != 0;
-            CHECK(begins || i > 0, "%s: its first token does not begin a document; prepare it again", shard->path);
-            CHECK(!begins || n < capacity, "%s holds more documents than its header says; prepare it again", shard->path);
-            if (begins) found[n].shard = s, found[n].count = 0, found[n].first = i, n++;
-            if (found[n - 1].count <= l->T) found[n - 1].count++;
-            else if (i == found[n - 1].first + (uint64_t)l->T + 1) l->num_cut++;
+        const uint32_t *tokens = shard->tokens;
+        for (uint64_t i = 0; i < shard->num_tokens;) {
+            bool learns = true;
+            uint64_t cut = 0;
+            for (uint64_t k = 0; k < group; k++) {
+                uint64_t first = i, has_target = 0;
+                CHECK(i > 0 || tokens[0] & TOKEN_DOC_START, "%s: its first token does not begin a document; prepare it again", shard->path);
+                CHECK(i < shard->num_tokens, "%s ends with a chosen answer that has no rejected one; prepare it again", shard->path);
+                CHECK(n + k < capacity, "%s holds more documents than its header says; prepare it again", shard->path);
+                for (i++; i < shard->num_tokens && !(tokens[i] & TOKEN_DOC_START); i++)
+                    has_target |= i - first < room && !(tokens[i] & TOKEN_NO_LOSS);
+                Document d = {s, (int)(i - first < room ? i - first : room), (int)(n + k), first};
+                found[n + k] = d;
+                cut += i - first > room, learns = learns && has_target;
+            }
+            if (learns) n += group, l->num_cut += cut;
+            else l->num_dropped++;
         }
     }
+    CHECK(n > 0, "%s: none of its %" PRIu64 " %s has an answer within %" PRIu64 " tokens; a larger --seq may help", l->shards[0].path,
+          l->num_dropped, group == 2 ? "pairs" : "documents", room);
     l->documents = (Document *)xmalloc(n * sizeof *found);
     l->row_document = (uint64_t *)xmalloc((n + 1) * sizeof(uint64_t));
     int used = 0;
-    for (uint64_t i = 0; i < n; i++) {
-        Document d = found[l->shuffle ? permute(i, n, l->seed) : i];
-        if (i == 0 || used + d.count > l->T + 1) l->row_document[l->num_rows++] = i, used = 0;
-        used += d.count;
-        l->documents[i] = d;
+    for (uint64_t i = 0; i < n; i += group) {
+        const Document *from = &found[l->shuffle ? permute(i / group, n / group, l->seed) * group : i];
+        int count = from[0].count + (group == 2 ? from[1].count : 0);
+        if (i == 0 || used + count > l->T + 1) l->row_document[l->num_rows++] = i, used = 0;
+        used += count;
+        memcpy(&l->documents[i], from, group * sizeof *from);
     }
     l->row_document[l->num_rows] = l->num_documents = n;
     free(found);
@@ -221,7 +241,7 @@ void loader_open(Loader *l, Task task, int T, int vocab_size, bool doc_mask, boo
               "prepare both with the same one", first->path, s->path);
         l->num_tokens += s->num_tokens;
         l->first_row[i + 1] = l->first_row[i] + (s->num_tokens > 0 ? (s->num_tokens - 1) / (uint64_t)T : 0);
-        size_t sample = s->num_tokens < 1024 ? (size_t)s->num_tokens : 1024;
+        size_t sample = s->num_tokens < 1024 || l->packed ? (size_t)s->num_tokens : 1024;    // packed data is read as a whole anyway
         l->fingerprint = fnv1a(l->fingerprint, (const char *)s->header, sizeof *s->header);
         l->fingerprint = fnv1a(l->fingerprint, (const char *)s->tokens, sample * 4);
         l->fingerprint = fnv1a(l->fingerprint, (const char *)(s->tokens + s->num_tokens - sample), sample * 4);
@@ -241,40 +261,43 @@ void loader_close(Loader *l) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// 3. Rows. All four arrays are (rows, T).
+// 3. Rows. All arrays are (rows, T).
 
 typedef struct {
     int   *tokens;      // inputs
     int   *targets;     // the token after each input
     int   *start;       // where in its row the document of this input begins: attention looks no further back, and its
                         // position (for RoPE) is t - start. All 0 without doc_mask.
+    int   *document;    // packed: which document this input belongs to, counted over all data without the dropped ones, in the order of the
+                        // files (so 2 p and 2 p + 1 are a pair of DPO); padding and windows: -1
     float *weights;     // 1: this target counts in the loss, 0: it doesn't
 } Batch;
 
 void batch_alloc(Batch *b, int rows, int T) {
     size_t n = (size_t)rows * T;
     b->tokens = (int *)xmalloc(n * sizeof(int)), b->targets = (int *)xmalloc(n * sizeof(int));
-    b->start = (int *)xmalloc(n * sizeof(int)), b->weights = (float *)xmalloc(n * sizeof(float));
+    b->start = (int *)xmalloc(n * sizeof(int)), b->document = (int *)xmalloc(n * sizeof(int));
+    b->weights = (float *)xmalloc(n * sizeof(float));
 }
 
 // The rows of b from `row` on.
 Batch batch_from(const Batch *b, int row, int T) {
     size_t at = (size_t)row * (size_t)T;
-    Batch rest = {b->tokens + at, b->targets + at, b->start + at, b->weights + at};
+    Batch rest = {b->tokens + at, b->targets + at, b->start + at, b->document + at, b->weights + at};
     return rest;
 }
 
-void batch_free(Batch *b) { free(b->tokens), free(b->targets), free(b->start), free(b->weights); }
+void batch_free(Batch *b) { free(b->tokens), free(b->targets), free(b->start), free(b->document), free(b->weights); }
 
-// Copies `count` stream tokens of one document run to places t, t+1, ... of a row. Stream token i is input i and target
+// Copies the stream tokens of a document (or window) to places t, t+1, ... of a row. Stream token i is input i and target
 // i - 1. Returns the next free place.
-int row_append(const Loader *l, int shard, uint64_t from, int count, int t, int *document_start, const Batch *row) {
-    for (int i = 0; i < count; i++, t++) {
-        uint32_t token = l->shards[shard].tokens[from + i];
-        check_token(l, shard, from + i);
+int row_append(const Loader *l, const Document *d, int t, int *document_start, const Batch *row) {
+    for (int i = 0; i < d->count; i++, t++) {
+        uint32_t token = l->shards[d->shard].tokens[d->first + i];
+        check_token(l, d->shard, d->first + i);
         bool begins = l->packed ? i == 0 : (token & TOKEN_DOC_START) != 0;
         if (l->doc_mask && begins) *document_start = t;
-        if (t < l->T) row->tokens[t] = (int)(token & TOKEN_ID_MASK), row->start[t] = *document_start;
+        if (t < l->T) row->tokens[t] = (int)(token & TOKEN_ID_MASK), row->start[t] = *document_start, row->document[t] = d->number;
         if (t > 0) {
             row->targets[t - 1] = (int)(token & TOKEN_ID_MASK);
             row->weights[t - 1] = (token & TOKEN_NO_LOSS) || (l->doc_mask && begins) ? 0.0f : 1.0f;
@@ -284,31 +307,35 @@ int row_append(const Loader *l, int shard, uint64_t from, int count, int t, int 
 }
 
 // Fills one row. `position` counts rows from the start of training; epoch e visits the rows in an order of its own.
-void loader_row(const Loader *l, uint64_t position, const Batch *row) {
+// Returns how much of it counts in the loss: targets, in DPO pairs.
+double loader_row(const Loader *l, uint64_t position, const Batch *row) {
     uint64_t epoch = position / l->num_rows, index = position % l->num_rows;
     uint64_t r = l->shuffle ? permute(index, l->num_rows, mix64(l->seed) + epoch) : index;
     int document_start = 0, t = 0;
+    double counted = 0;
     if (!l->packed) {
         int s = 0;
         while (r >= l->first_row[s + 1]) s++;
-        row_append(l, s, (r - l->first_row[s]) * (uint64_t)l->T, l->T + 1, 0, &document_start, row);
-        return;
+        Document window = {s, l->T + 1, -1, (r - l->first_row[s]) * (uint64_t)l->T};
+        t = row_append(l, &window, 0, &document_start, row);
+    } else {
+        for (uint64_t d = l->row_document[r]; d < l->row_document[r + 1]; d++)
+            t = row_append(l, &l->documents[d], t, &document_start, row);
     }
-    for (uint64_t d = l->row_document[r]; d < l->row_document[r + 1]; d++)
-        t = row_append(l, l->documents[d].shard, l->documents[d].first, l->documents[d].count, t, &document_start, row);
     if (l->doc_mask) document_start = t;
     for (int pad = t > 0 ? t - 1 : 0; pad < l->T; pad++) row->targets[pad] = 0, row->weights[pad] = 0;      // padding: id 0,
-    for (; t < l->T; t++) row->tokens[t] = 0, row->start[t] = document_start;                               // never a target
+    for (; t < l->T; t++) row->tokens[t] = 0, row->start[t] = document_start, row->document[t] = -1;        // never a target
+    if (l->task == TASK_DPO) return (double)(l->row_document[r + 1] - l->row_document[r]) / 2;
+    for (t = 0; t < l->T; t++) counted += (double)row->weights[t];
+    return counted;
 }
 
-// Rows position .. position + rows - 1 into a batch; returns how many targets count in the loss.
+// Rows position .. position + rows - 1 into a batch; returns how much of them counts in the loss.
 double loader_rows(const Loader *l, uint64_t position, int rows, const Batch *out) {
     double counted = 0;
     for (int i = 0; i < rows; i++) {
-        size_t at = (size_t)i * l->T;
-        Batch row = {out->tokens + at, out->targets + at, out->start + at, out->weights + at};
-        loader_row(l, position + i, &row);
-        for (int t = 0; t < l->T; t++) counted += row.weights[t];
+        Batch row = batch_from(out, i, l->T);
+        counted += loader_row(l, position + (uint64_t)i, &row);
     }
     return counted;
 }

@@ -22,6 +22,7 @@
 // ---------------------------------------------------------------------------------------------------------------------------------
 // 1 UTF-8
 
+#define HASH_FACTOR 0x9E3779B97F4A7C15u    // 2^64 / golden ratio (Knuth's multiplicative hashing)
 #define REPLACEMENT 0xFFFDu    // U+FFFD stands for bytes that are no character
 
 // Bytes of the character that starts with `lead`; 0 for a byte that starts none.
@@ -249,6 +250,7 @@ bool json_members(JsonParser *p, Json *node, int depth) {
             size_t key_len;
             if (p->at == p->len || p->text[p->at] != '"') return json_fail(p, "expected a key in quotes");
             if (!json_string(p, &member->key, &key_len)) return false;
+            if (strlen(member->key) != key_len) return json_fail(p, "NUL character in a key");
             json_skip_space(p);
             if (!json_eat(p, ':')) return json_fail(p, "expected ':'");
         }
@@ -469,12 +471,13 @@ void nfc_settle(NfcRun *run) {
 // Bytes before the first run that needs work (that run begins with the character before the unsettled one), or len.
 size_t nfc_settled_prefix(const char *text, size_t len) {
     size_t last = 0;
-    for (size_t i = 0; i < len;) {
-        uint32_t c = (unsigned char)text[i];
-        int n = 1;
-        if (c >= 0x80 && ((n = utf8_decode(text + i, len - i, &c)) < 0 || (unicode_bits(c) & UNICODE_UNSETTLED))) return last;
-        last = i;
-        i += (size_t)n;
+    for (size_t i = 0, n; i < len; last = i, i += n) {
+        unsigned char first = (unsigned char)text[i];
+        uint32_t c = first;
+        int used = first < 0x80 ? 1 : utf8_decode(text + i, len - i, &c);
+        if (used < 0) return last;
+        if ((unicode_first[first] & (UNICODE_MIXED | UNICODE_UNSETTLED)) && (unicode_bits(c) & UNICODE_UNSETTLED)) return last;
+        n = (size_t)used;
     }
     return len;
 }
@@ -520,17 +523,79 @@ char *nfc_normalize(const char *text, size_t len, size_t *new_len) {
 // Class of the character at s, and its length. The text is valid UTF-8 from here on.
 CharClass split_class(const char *s, int *length) {
     const unsigned char *u = (const unsigned char *)s;
-    uint32_t c = u[0];
-    if (c < 0x80) *length = 1;
-    else if (c < 0xE0) *length = 2, c = (c & 0x1F) << 6 | (u[1] & 0x3F);
-    else if (c < 0xF0) *length = 3, c = (c & 0x0F) << 12 | (uint32_t)(u[1] & 0x3F) << 6 | (u[2] & 0x3F);
-    else *length = 4, c = (c & 0x07) << 18 | (uint32_t)(u[1] & 0x3F) << 12 | (uint32_t)(u[2] & 0x3F) << 6 | (u[3] & 0x3F);
-    return (CharClass)(unicode_bits(c) & 3);
+    int bits = unicode_first[u[0]];
+    *length = u[0] < 0x80 ? 1 : u[0] < 0xE0 ? 2 : u[0] < 0xF0 ? 3 : 4;
+    if (bits == UNICODE_MIXED) {
+        uint32_t c = u[0] & (0x7F >> *length);
+        for (int i = 1; i < *length; i++) c = c << 6 | (u[i] & 0x3F);
+        bits = unicode_bits(c);
+    }
+    return (CharClass)(bits & 3);
 }
 
 size_t split_skip(const char *text, size_t at, size_t end, CharClass skipped) {
     int n;
     while (at < end && split_class(text + at, &n) == skipped) at += (size_t)n;
+    return at;
+}
+
+// Borders where words may end early. A run of letters is one piece, and in Chinese a whole clause: too long to look up, seldom met twice.
+// But most neighbours have nothing to do with each other. Before a token can span the border between two characters, a merge must join a
+// token that ends there and one that begins there. If no merge of the vocabulary joins such two, none ever happens at this border; and as
+// merges on one side neither help nor hinder those on the other, both sides can be encoded alone, with exactly the same tokens. So the
+// splitter cuts there, into words of 1.4 characters on average.
+//   joined           a bit for each two characters that some merge joins: a token that ends with the first to one that begins with the second
+//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one. For merges with such a part on
+//                    the right, a bit for the first character and the first byte of the second one; for those with a part on the left,
+//                    a bit for the last byte of the first character and the first byte of the second one
+// The bits are found by hashing. If two borders share one, this costs a cut, nothing else. Only characters of three bytes (U+0800 to U+FFFF)
+// take part, which are those of languages written without spaces.
+#define JOINED_BITS 20
+#define JOINED_IN_PART_BITS 12
+typedef struct { uint64_t joined[1 << (JOINED_BITS - 6)], joined_in_part[1 << (JOINED_IN_PART_BITS - 6)]; } Borders;
+
+bool bit_get(const uint64_t *bits, uint64_t i) { return bits[i / 64] >> i % 64 & 1; }
+void bit_set(uint64_t *bits, uint64_t i) { bits[i / 64] |= UINT64_C(1) << i % 64; }
+bool is_first_of_three(char c) { return ((unsigned char)c & 0xF0) == 0xE0; }
+
+// `border` points to the first byte behind a border, or between left and right part of a token.
+uint64_t border_bit(const char *border) {
+    uint32_t first, last;    // four of the six bytes each
+    memcpy(&first, border - 3, 4);
+    memcpy(&last, border - 1, 4);
+    return ((uint64_t)first << 32 | last) * HASH_FACTOR >> (64 - JOINED_BITS);
+}
+
+uint64_t border_part_bit(const char *border, size_t before) {
+    uint32_t key = 0;
+    memcpy(&key, border - before, before + 1);
+    return key * HASH_FACTOR >> (64 - JOINED_IN_PART_BITS);
+}
+
+bool border_is_joined_in_part(const Borders *b, const char *border) {
+    return bit_get(b->joined_in_part, border_part_bit(border, 3)) || bit_get(b->joined_in_part, border_part_bit(border, 1));
+}
+
+bool border_is_open(const Borders *b, const char *border) {
+    return bit_get(b->joined, border_bit(border)) || border_is_joined_in_part(b, border);
+}
+
+// Learns from a merge of two tokens, which lie side by side.
+void border_learn(Borders *b, const char *left, size_t left_len, size_t right_len) {
+    const char *border = left + left_len;
+    if (!is_first_of_three(border[0])) return;
+    if (left_len < 3 && ((unsigned char)left[0] & 0xC0) == 0x80) bit_set(b->joined_in_part, border_part_bit(border, 1));
+    if (left_len < 3 || !is_first_of_three(border[-3])) return;
+    if (right_len < 3) bit_set(b->joined_in_part, border_part_bit(border, 3));
+    else bit_set(b->joined, border_bit(border));
+}
+
+// The end of the letters from `at`; with borders, perhaps an earlier one. before: bytes of the character before `at`.
+size_t split_letters(const Borders *borders, const char *text, size_t at, size_t end, int before) {
+    for (int n; at < end; at += (size_t)n, before = n) {
+        if (split_class(text + at, &n) != CLASS_LETTER) break;
+        if (n == 3 && before == 3 && borders && !border_is_open(borders, text + at)) break;
+    }
     return at;
 }
 
@@ -559,17 +624,18 @@ size_t split_space(const char *text, size_t at, size_t end) {
     return stop == end || last == at ? stop : last;
 }
 
-// End of the piece that starts at `at` < end.
-size_t split_next(const char *text, size_t at, size_t end) {
+// End of the piece that starts at `at` < end. borders may be NULL; otherwise runs of letters are also cut where nothing joins them, and as
+// the rest is a run of letters again, the next call goes on there.
+size_t split_next(const Borders *borders, const char *text, size_t at, size_t end) {
     int n, m;
     size_t contraction = split_contraction(text + at, end - at);
     if (contraction) return at + contraction;
     CharClass c = split_class(text + at, &n), next = CLASS_SPACE;
     size_t after = at + (size_t)n;
-    if (c == CLASS_LETTER) return split_skip(text, after, end, CLASS_LETTER);
+    if (c == CLASS_LETTER) return split_letters(borders, text, after, end, n);
     if (c == CLASS_NUMBER) return after;
     if (after < end) next = split_class(text + after, &m);
-    if (next == CLASS_LETTER && !split_is_newline(text[at])) return split_skip(text, after, end, CLASS_LETTER);
+    if (next == CLASS_LETTER && !split_is_newline(text[at])) return split_letters(borders, text, after, end, n);
     if (c == CLASS_OTHER || (text[at] == ' ' && next == CLASS_OTHER)) {
         after = split_skip(text, after, end, CLASS_OTHER);
         while (after < end && split_is_newline(text[after])) after++;
@@ -583,11 +649,13 @@ size_t split_next(const char *text, size_t at, size_t end) {
 
 typedef struct { uint32_t *ids; size_t count, capacity; } TokenList;
 
+void token_list_grow(TokenList *list) {
+    list->capacity = list->capacity ? list->capacity * 2 : 64;
+    list->ids = (uint32_t *)xrealloc(list->ids, list->capacity * sizeof(uint32_t));
+}
+
 void token_list_push(TokenList *list, uint32_t id) {
-    if (list->count == list->capacity) {
-        list->capacity = list->capacity ? list->capacity * 2 : 64;
-        list->ids = (uint32_t *)xrealloc(list->ids, list->capacity * sizeof(uint32_t));
-    }
+    if (list->count == list->capacity) token_list_grow(list);
     list->ids[list->count++] = id;
 }
 
@@ -608,8 +676,10 @@ typedef struct {
     uint32_t (*parts)[2];              // the two tokens whose merge gives this one; UINT32_MAX for single bytes
     uint32_t byte_id[256];
     uint32_t byte_pair[256][256];      // pair_find of two single bytes, small enough to stay in the cache
-    uint64_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
-    int token_shift, pair_shift;           // 64 - log2(slots)
+    uint32_t char_id[65536];           // tokens that are one character of three bytes, by code point
+    uint32_t *token_table, *pair_table;    // open addressing; see token_find and pair_find
+    int table_shift;                       // 64 - log2(slots)
+    Borders borders;                   // where words may be cut
 
     Special *specials;                 // by id
     int num_specials;
@@ -619,10 +689,8 @@ typedef struct {
 } Tokenizer;
 
 #define NO_TOKEN UINT32_MAX
-#define ID_BITS 21                     // a pair and its rank fit 63 bits
-#define MAX_ID ((1u << ID_BITS) - 2)
-#define EMPTY_SLOT UINT64_MAX
-#define HASH_FACTOR 0x9E3779B97F4A7C15u    // 2^64 / golden ratio (Knuth's multiplicative hashing)
+#define ID_MASK 0x1FFFFFu              // a slot of a table: 11 bits of the hash, 21 bits of id
+#define MAX_ID (ID_MASK - 1)
 #define FNV_START 0xCBF29CE484222325u
 
 uint64_t fnv1a(uint64_t hash, const char *data, size_t len) {
@@ -630,39 +698,79 @@ uint64_t fnv1a(uint64_t hash, const char *data, size_t len) {
     return hash;
 }
 
-// token_table: 43 hash bits, then the id. The slot of bytes[0..len), or the empty slot where it belongs.
-uint64_t *token_slot(const Tokenizer *t, const char *bytes, size_t len) {
-    uint64_t hash = fnv1a(FNV_START, bytes, len) * HASH_FACTOR, mask = (UINT64_C(1) << (64 - t->token_shift)) - 1;
-    for (uint64_t i = hash >> t->token_shift;; i = (i + 1) & mask) {
-        uint64_t *slot = &t->token_table[i];
-        if (*slot == EMPTY_SLOT) return slot;
-        if (((*slot ^ hash) >> ID_BITS) != 0) continue;
-        uint32_t id = (uint32_t)(*slot & ((1u << ID_BITS) - 1));
-        if (t->start[id + 1] - t->start[id] == len && memcmp(t->bytes + t->start[id], bytes, len) == 0) return slot;
+// A short string as two numbers: s[0..len), len <= 16, then zeros. `room` >= len bytes may be read.
+typedef struct { uint64_t a, b; } WordKey;
+
+WordKey word_key(const char *s, size_t len, size_t room) {
+    static const unsigned char ones[32] = { 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 255 };
+    WordKey key = { 0, 0 }, mask;
+    if (room < 16) return memcpy(&key, s, len), key;
+    memcpy(&key, s, 16);    // without a loop or a branch over len
+    memcpy(&mask, ones + 16 - len, 16);
+    key.a &= mask.a;
+    key.b &= mask.b;
+    return key;
+}
+
+uint64_t word_hash(WordKey key, uint64_t start) {
+    uint64_t h = (key.a ^ start) * HASH_FACTOR + key.b * 0xC2B2AE3D27D4EB4Fu;    // another large odd number
+    return (h ^ h >> 32) * HASH_FACTOR;
+}
+
+uint64_t token_hash(const char *s, size_t len, size_t room) {
+    uint64_t h = len;
+    for (size_t i = 0; i < len; i += 16) h = word_hash(word_key(s + i, len - i < 16 ? len - i : 16, room - i), h);
+    return h;
+}
+
+// Both tables hold ids only; a look-up compares with what the id stands for. The slot of a token's bytes, or the empty slot where it belongs:
+uint32_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
+    for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
+        uint32_t *slot = &t->token_table[i], id = *slot & ID_MASK;
+        if (*slot == NO_TOKEN) return slot;
+        if (((*slot ^ hash) & ~ID_MASK & UINT32_MAX) != 0 || t->start[id + 1] - t->start[id] != len) continue;
+        if (memcmp(t->bytes + t->start[id], bytes, len) == 0) return slot;
     }
 }
 
-// The ordinary token with these bytes, NO_TOKEN if there is none.
-uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
-    uint64_t slot = *token_slot(t, bytes, len);
-    return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
+// The same for the token that left and right merge into.
+uint32_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right, uint64_t hash) {
+    for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
+        uint32_t *slot = &t->pair_table[i], id = *slot & ID_MASK;
+        if (*slot == NO_TOKEN) return slot;
+        if (((*slot ^ hash) & ~ID_MASK & UINT32_MAX) == 0 && t->parts[id][0] == left && t->parts[id][1] == right) return slot;
+    }
 }
 
-// pair_table: left << 42 | right << 21 | rank of the token they merge into.
-uint64_t *pair_slot(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t key = (uint64_t)left << ID_BITS | right, mask = (UINT64_C(1) << (64 - t->pair_shift)) - 1;
-    uint64_t i = key * HASH_FACTOR >> t->pair_shift;
-    while (t->pair_table[i] != EMPTY_SLOT && t->pair_table[i] >> ID_BITS != key) i = (i + 1) & mask;
-    return &t->pair_table[i];
+uint64_t pair_hash(uint32_t left, uint32_t right) { return ((uint64_t)left << 32 | right) * HASH_FACTOR; }
+uint32_t slot_fill(uint32_t id, uint64_t hash) { return ((uint32_t)hash & ~ID_MASK) | id; }
+uint32_t slot_id(uint32_t slot) { return slot == NO_TOKEN ? NO_TOKEN : slot & ID_MASK; }
+
+// The ordinary token with these bytes, NO_TOKEN if there is none.
+uint32_t token_find(const Tokenizer *t, const char *bytes, size_t len) {
+    return slot_id(*token_slot(t, bytes, len, token_hash(bytes, len, len)));
 }
 
 uint32_t pair_find(const Tokenizer *t, uint32_t left, uint32_t right) {
-    uint64_t slot = *pair_slot(t, left, right);
-    return slot == EMPTY_SLOT ? NO_TOKEN : (uint32_t)(slot & ((1u << ID_BITS) - 1));
+    return slot_id(*pair_slot(t, left, right, pair_hash(left, right)));
 }
 
-// The rule: start from single bytes; merge the adjacent pair of the lowest rank, the leftmost of equals; repeat until no pair is a token.
-// Here with a linked list of tokens and a heap of possible merges, rank << 32 | position, so any input takes n log n.
+// The rule: a piece starts as single bytes. Of all adjacent pairs whose bytes together are a token, merge the one of the lowest rank, the
+// leftmost of equals; repeat until no pair is a token.
+//
+// Taking the longest token at each place ("greedy") is something else: it turns 研究生命起源 (to study the origin of life) into
+// 研究生|命|起源 (graduate student, life, origin), because 研究生 is a token; the rule merges 生命 first and gives 研究|生命|起源.
+// Qwen's models have only ever seen what the rule gives.
+//
+// Following the rule costs about a microsecond a word, so tokenizer_encode avoids it, in ways that can't change a token:
+//   1. split_next cuts where no merge can happen (see Borders), which makes words short and thus common;
+//   2. a word that this thread has met before is in its WordCache, with its tokens;
+//   3. a word that is a token is encoded as itself, because for every token the rule leads from its bytes to itself. This holds for Qwen's
+//      vocabulary, not for any; tokenizer_finish checks it for each token of each vocabulary it is given;
+//   4. only the others, a few in a hundred, are merged.
+// The check in tokenizer_finish also makes ranks (tiktoken) and the merge list of tokenizer.json (Hugging Face) the same rule.
+
+// Merging with a linked list of tokens and a heap of possible merges, rank << 32 | position: n log n for any input.
 typedef struct { uint32_t id, previous, next, merged; } BpeNode;    // merged: what this token and the next become, NO_TOKEN if nothing
 
 // Room for one call of tokenizer_encode. A piece of n bytes has at most n - 1 first merges, and each of at most n - 1 merges proposes two.
@@ -695,22 +803,40 @@ uint32_t bpe_merged(const Tokenizer *t, const BpeNode *nodes, uint32_t at, uint3
     return nodes[at].next < end ? pair_find(t, nodes[at].id, nodes[nodes[at].next].id) : NO_TOKEN;
 }
 
-void bpe_merge(const Tokenizer *t, const char *piece, size_t len, BpeWork *w, TokenList *out) {
+// The token of the character of three bytes at s, NO_TOKEN if there is none or other characters are there.
+uint32_t char_find(const Tokenizer *t, const char *s) {
+    if (!is_first_of_three(s[0])) return NO_TOKEN;
+    return t->char_id[(s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63)];
+}
+
+// Merging may start from whole characters if a word has only such, each a token, and no merge joins a part of one to a neighbour: what the
+// rule does within a character then comes to the same end whatever stands around it.
+bool bpe_start_from_chars(const Tokenizer *t, const char *word, size_t len) {
+    if (len % 3 != 0) return false;
+    for (size_t i = 0; i < len; i += 3) {
+        if (char_find(t, word + i) == NO_TOKEN || (i > 0 && border_is_joined_in_part(&t->borders, word + i))) return false;
+    }
+    return true;
+}
+
+void bpe_merge(const Tokenizer *t, const char *word, size_t len, BpeWork *w, TokenList *out) {
     CHECK(len < NO_TOKEN, "%zu bytes of text without a break; the limit is 4 GiB", len);
     if (len > w->capacity) {
         w->capacity = 2 * len + 256;
         w->nodes = (BpeNode *)xrealloc(w->nodes, w->capacity * sizeof(BpeNode));
         w->heap = (uint64_t *)xrealloc(w->heap, 3 * w->capacity * sizeof(uint64_t));
     }
-    const unsigned char *bytes = (const unsigned char *)piece;
     BpeNode *nodes = w->nodes;
-    uint32_t end = (uint32_t)len;
-    w->heap_count = 0;
+    uint32_t step = bpe_start_from_chars(t, word, len) ? 3 : 1, end = (uint32_t)len / step;
     for (uint32_t i = 0; i < end; i++) {
-        nodes[i].id = t->byte_id[bytes[i]];
+        nodes[i].id = step == 3 ? char_find(t, word + 3 * i) : t->byte_id[(unsigned char)word[i]];
         nodes[i].previous = i - 1;    // NO_TOKEN for the first
         nodes[i].next = i + 1;
-        bpe_propose(w, i, i + 1 < end ? t->byte_pair[bytes[i]][bytes[i + 1]] : NO_TOKEN);
+    }
+    w->heap_count = 0;
+    for (uint32_t i = 0; i < end; i++) {
+        bool are_bytes = step == 1 && i + 1 < end;
+        bpe_propose(w, i, are_bytes ? t->byte_pair[(unsigned char)word[i]][(unsigned char)word[i + 1]] : bpe_merged(t, nodes, i, end));
     }
     while (w->heap_count > 0) {
         uint64_t item = bpe_heap_pop(w);
@@ -731,11 +857,47 @@ void bpe_free(BpeWork *w) {
     free(w->heap);
 }
 
-// Every token encodes to itself (tokenizer_finish proves it), so a piece that is a token needs no merging.
-void bpe_encode(const Tokenizer *t, const char *piece, size_t len, BpeWork *work, TokenList *out) {
-    uint32_t id = len <= (size_t)t->longest ? token_find(t, piece, len) : NO_TOKEN;
+// What a thread has met: words of at most 16 bytes that gave at most 3 tokens, one in a slot, the latest stays. 2 MB a thread.
+#ifdef __cplusplus
+#define THREAD_LOCAL thread_local
+#else
+#define THREAD_LOCAL _Thread_local
+#endif
+enum { WORD_BYTES = 16, WORD_TOKENS = 3, WORD_BITS = 16 };
+typedef struct { WordKey key; uint32_t ids[WORD_TOKENS]; uint16_t len, count; } KnownWord;
+typedef struct { uint64_t vocabulary; KnownWord words[1 << WORD_BITS]; } WordCache;    // vocabulary: the hash of its Tokenizer
+static THREAD_LOCAL WordCache word_cache;
+
+typedef struct { const char *text; size_t len; WordKey key; uint64_t hash; } Word;
+
+// The word text[0..len). Room: bytes of text that may be read, at least len. Its slot of the cache starts to travel from memory.
+Word word_make(const char *text, size_t len, size_t room) {
+    Word w = { text, len, { 0, 0 }, 0 };
+    if (len > WORD_BYTES) return w.hash = token_hash(text, len, room), w;
+    w.key = word_key(text, len, room);
+    w.hash = word_hash(w.key, len);
+    __builtin_prefetch(&word_cache.words[w.hash >> (64 - WORD_BITS)]);
+    return w;
+}
+
+void bpe_encode(const Tokenizer *t, Word w, BpeWork *work, TokenList *out) {
+    KnownWord *known = &word_cache.words[w.hash >> (64 - WORD_BITS)];
+    size_t from = out->count, count;
+    if (known->key.a == w.key.a && known->key.b == w.key.b && known->len == w.len) {    // never so for a long word
+        if (from + WORD_TOKENS > out->capacity) token_list_grow(out);
+        for (size_t i = 0; i < WORD_TOKENS; i++) out->ids[from + i] = known->ids[i];    // three are copied faster than `count`
+        out->count += known->count;
+        return;
+    }
+    uint32_t id = w.len <= (size_t)t->longest ? slot_id(*token_slot(t, w.text, w.len, w.hash)) : NO_TOKEN;
     if (id != NO_TOKEN) token_list_push(out, id);
-    else bpe_merge(t, piece, len, work, out);
+    else bpe_merge(t, w.text, w.len, work, out);
+    count = out->count - from;
+    if (w.len > WORD_BYTES || count > WORD_TOKENS) return;
+    known->key = w.key;
+    known->len = (uint16_t)w.len;
+    known->count = (uint16_t)count;
+    for (size_t i = 0; i < count; i++) known->ids[i] = out->ids[from + i];
 }
 
 Tokenizer *tokenizer_new(void) {
@@ -785,31 +947,27 @@ void tokenizer_add(Tokenizer *t, const char *bytes, size_t len, const char *path
     if ((int)len > t->longest) t->longest = (int)len;
 }
 
-uint64_t *tokenizer_table(int entries, int *shift) {
-    int bits = 10;
-    while ((1 << bits) < 2 * entries) bits++;
-    uint64_t *table = (uint64_t *)xmalloc(sizeof(uint64_t) << bits);
-    memset(table, 0xFF, sizeof(uint64_t) << bits);
-    *shift = 64 - bits;
-    return table;
-}
-
 // Tables from the list of tokens. The merges need not be stored: in rank order, merging a token's bytes by the merges known so far must
 // leave exactly two tokens, which are its parts. This holds for every token of Qwen's vocabulary (and makes ranks and the merge list of
 // tokenizer.json say the same); a vocabulary where it fails is not of this kind.
 void tokenizer_finish(Tokenizer *t, const char *path) {
-    t->token_table = tokenizer_table(t->num_ranks, &t->token_shift);
-    t->pair_table = tokenizer_table(t->num_ranks, &t->pair_shift);
+    int bits = 10;
+    while (2 << bits < 3 * t->num_ranks) bits++;    // at least a third of the slots is empty
+    t->table_shift = 64 - bits;
+    t->token_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
+    t->pair_table = (uint32_t *)memset(xmalloc(sizeof(uint32_t) << bits), 0xFF, sizeof(uint32_t) << bits);
     t->parts = (uint32_t (*)[2])xmalloc((size_t)(t->num_ranks + 1) * sizeof(*t->parts));
     memset(t->byte_id, 0xFF, sizeof(t->byte_id));
     memset(t->byte_pair, 0xFF, sizeof(t->byte_pair));
+    memset(t->char_id, 0xFF, sizeof(t->char_id));
     t->hash = FNV_START;
     for (int r = 0; r < t->num_ranks; r++) {
         const char *bytes = t->bytes + t->start[r];
         unsigned char len = (unsigned char)(t->start[r + 1] - t->start[r]);
-        uint64_t *slot = token_slot(t, bytes, len);
-        CHECK(*slot == EMPTY_SLOT, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
-        *slot = (fnv1a(FNV_START, bytes, len) * HASH_FACTOR) >> ID_BITS << ID_BITS | (uint64_t)r;
+        uint64_t hash = token_hash(bytes, len, t->num_bytes - t->start[r]);
+        uint32_t *slot = token_slot(t, bytes, len, hash);
+        CHECK(*slot == NO_TOKEN, "%s: tokens %u and %d are equal", path, token_find(t, bytes, len), r);
+        *slot = slot_fill((uint32_t)r, hash);
         if (len == 1) t->byte_id[(unsigned char)bytes[0]] = (uint32_t)r;
         t->hash = fnv1a(fnv1a(t->hash, (const char *)&len, 1), bytes, len);
     }
@@ -826,8 +984,12 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
         CHECK(merged.count == 2, "%s: token %d is %zu earlier tokens, not two; not a vocabulary of Qwen's kind", path, r, merged.count);
         t->parts[r][0] = merged.ids[0];
         t->parts[r][1] = merged.ids[1];
+        size_t left = t->start[merged.ids[0] + 1] - t->start[merged.ids[0]];
+        border_learn(&t->borders, bytes, left, len - left);
+        if (len == 3 && is_first_of_three(bytes[0])) t->char_id[(bytes[0] & 15) << 12 | (bytes[1] & 63) << 6 | (bytes[2] & 63)] = (uint32_t)r;
         if (len == 2) t->byte_pair[(unsigned char)bytes[0]][(unsigned char)bytes[1]] = (uint32_t)r;
-        *pair_slot(t, merged.ids[0], merged.ids[1]) = ((uint64_t)merged.ids[0] << ID_BITS | merged.ids[1]) << ID_BITS | (uint64_t)r;
+        uint64_t hash = pair_hash(merged.ids[0], merged.ids[1]);
+        *pair_slot(t, merged.ids[0], merged.ids[1], hash) = slot_fill((uint32_t)r, hash);
     }
     free(merged.ids);
     bpe_free(&work);
@@ -938,14 +1100,24 @@ void tokenizer_use_specials(Tokenizer *t, const char *set) {
 
 typedef enum { SPECIALS_AS_TEXT, SPECIALS_PARSED } SpecialsMode;
 
-// Text without special tokens: NFC, split, BPE.
+// Text without special tokens: NFC, split, BPE. Several words are on their way at once, so that nobody waits for memory.
+enum { WORDS_AT_ONCE = 16 };
 void tokenizer_encode_text(const Tokenizer *t, const char *text, size_t len, TokenList *out) {
     char *copy = nfc_normalize(text, len, &len);
-    BpeWork work = { NULL, NULL, 0, 0 };
     if (copy) text = copy;
-    for (size_t at = 0, next; at < len; at = next) {
-        next = split_next(text, at, len);
-        bpe_encode(t, text + at, next - at, &work, out);
+    if (word_cache.vocabulary != t->hash) {
+        memset(&word_cache, 0, sizeof(word_cache));
+        word_cache.vocabulary = t->hash;
+    }
+    BpeWork work = { NULL, NULL, 0, 0 };
+    Word words[WORDS_AT_ONCE];
+    for (size_t at = 0, next; at < len;) {
+        int count = 0;
+        for (; count < WORDS_AT_ONCE && at < len; at = next) {
+            next = split_next(&t->borders, text, at, len);
+            words[count++] = word_make(text + at, next - at, len - at);
+        }
+        for (int i = 0; i < count; i++) bpe_encode(t, words[i], &work, out);
     }
     bpe_free(&work);
     free(copy);

@@ -4,6 +4,7 @@
 //   ./train_qwen --model DIR --data DIR                      continues from a Hugging Face checkpoint
 //   ./train_qwen generate --model DIR --prompt "..."         samples from one
 //   ./train_qwen info --model mini_llm_1.4b                  parameters, FLOPs and memory, without allocating any
+//   ./train_qwen export --model DIR --out NEW                any model it reads as a Hugging Face directory of today
 //
 // Where things are (search for "SECTION n"). A first reading takes 2, 4, the two structs of 5, 6, 7 and machine_update in
 // 9, some 750 lines:
@@ -13,7 +14,7 @@
 //    4  layers, forward and backward             11  options
 //    5  activations: what is kept                12  a run: logs, checkpoints, evaluation, samples
 //    6  the model's forward and backward         13  training
-//    7  AdamW, clipping, schedules               14  info, generate, main
+//    7  AdamW, clipping, schedules               14  info, generate, export, main
 // train_qwen.cu includes this file and has sections 3 to 6 and 9 once more, for the GPU.
 //
 // Letters used throughout, and their values in Qwen3-0.6B:
@@ -238,11 +239,14 @@ TensorTable tensor_table(const Config *c) {
 
 // Points all fields into memory of num_params floats, in the order of the table. Absent tensors become NULL.
 #define AS_POINTER(field, rows, cols, ...) fields->field = (rows) > 0 ? memory : NULL; memory += (size_t)(rows) * (size_t)(cols);
+float *layer_point(LayerParams *fields, const Config *c, float *memory) {
+    LAYER_TENSORS(AS_POINTER)
+    return memory;
+}
 void params_point(Params *p, const Config *c, float *memory) {
-    Params *model = p;
-    {   Params *fields = model; MODEL_TENSORS(AS_POINTER) }
+    {   Params *fields = p; MODEL_TENSORS(AS_POINTER) }
     if (!p->layers) p->layers = (LayerParams *)xcalloc((size_t)c->L, sizeof(LayerParams));
-    for (int l = 0; l < c->L; l++) { LayerParams *fields = &p->layers[l]; LAYER_TENSORS(AS_POINTER) }
+    for (int l = 0; l < c->L; l++) memory = layer_point(&p->layers[l], c, memory);
     p->head = c->tied ? p->wte : p->lm_head;
 }
 
@@ -287,33 +291,47 @@ enum { NUM_PRESETS = sizeof PRESETS / sizeof PRESETS[0] };
 //    exp_row(out, inp, scale, shift, n)        out[i] = exp(scale * inp[i] - shift), returns the sum of out
 //    gemm(C, ldc, A, B, M, N, K, mode)         C (M, N) = or += A (M, K) B (K, N)
 //    gemm_block(...)                           the same on one thread, for use inside a parallel region
-//    dot, row_max                              sum of products, largest element
+//    dot, dot_half, row_max                    sum of products, the same with bf16 weights, largest element
 // A and B are Views: gemm(C, N, view(A, K, 1), view(B, N, 1), ...) takes both as they are, view(B, 1, K) takes B transposed.
 //
 // Vectors are those of GCC and Clang: + - * work on all elements, and the compiler picks the instructions.
 
 // VL: floats in a vector. MR: rows of C that the micro-kernel keeps in registers, two vectors each; a few registers are left for B and A.
+// LOW_HALVES takes elements of the first halves of two vectors in turn, HIGH_HALVES of the second halves.
 #if defined(__AVX512F__)
 enum { VL = 16, MR = 14 };       // 28 of 32 registers
+#define LOW_HALVES 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGH_HALVES 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
 #elif defined(__AVX__)
 enum { VL = 8, MR = 6 };         // 12 of 16
+#define LOW_HALVES 0, 8, 1, 9, 2, 10, 3, 11
+#define HIGH_HALVES 4, 12, 5, 13, 6, 14, 7, 15
 #else
-enum { VL = 4, MR = 6 };         // 12 of 16 (SSE2), of 32 (NEON)
+#ifdef __ARM_NEON
+enum { VL = 4, MR = 8 };         // 16 of 32
+#else
+enum { VL = 4, MR = 4 };         // 8 of 16
+#endif
+#define LOW_HALVES 0, 4, 1, 5
+#define HIGH_HALVES 2, 6, 3, 7
 #endif
 enum {
     NR = 2 * VL,                 // columns of C in the micro-kernel
     KC = 256,                    // depth of a block: a panel of B (KC, NR) stays in the L1 cache
-    MC = 12 * MR,                // rows of A (MC, KC) that stay in the L2 cache meanwhile
+    MC = (96 + MR - 1) / MR * MR,    // rows of A (MC, KC) that stay in the L2 cache meanwhile
     NC = 512,                    // columns of B that are packed at a time
 };
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t veci __attribute__((vector_size(VL * 4)));
 typedef float vec_at __attribute__((vector_size(VL * 4), aligned(4), may_alias));    // a vector anywhere in memory
+typedef uint16_t half_at __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
 #ifdef __CUDACC__
-#define UNROLL               // nvcc does not know the pragma of the host compiler
+#define UNROLL               // nvcc does not know the pragmas of the host compiler
+#define UNROLL_4
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_4 _Pragma("GCC unroll 4")
 #endif
 
 // A matrix somewhere in memory: element (i, j) is data[i * row + j * col]. Transposing swaps row and col.
@@ -322,20 +340,19 @@ View view(const float *data, ptrdiff_t row, ptrdiff_t col) { View v = {data, row
 
 typedef enum { OVERWRITE, ACCUMULATE } WriteMode;
 
-// c (m, n) = or += a (m, kc) b (kc, n), m <= MR, n <= NR. b is packed: row k is b[k * NR ..]. Always MR * NR sums of the same
-// order, so that an element of C doesn't depend on where its tile begins; at the border the surplus is dropped.
-void micro_kernel(float *c, ptrdiff_t ldc, View a, const float *b, int kc, int m, int n, WriteMode mode) {
+// c (m, n) = or += a (m, kc) b (kc, n), m <= MR, n <= NR. Both are packed: column k of a is a[k * MR ..], row k of b is b[k * NR ..].
+// Always MR * NR sums of the same order, so that an element of C doesn't depend on where its tile begins; at the border the surplus is
+// dropped. C is asked for first, as it comes from far away and is needed last.
+void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int kc, int m, int n, WriteMode mode) {
     vec sum[MR][2];
     UNROLL
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
-    for (int k = 0; k < kc; k++, b += NR) {
+    for (int i = 0; i < m; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + n - 1, 1);
+    UNROLL_4
+    for (int k = 0; k < kc; k++, a += MR, b += NR) {
         vec b0 = *(const vec_at *)b, b1 = *(const vec_at *)(b + VL);
         UNROLL
-        for (int i = 0; i < MR; i++) {
-            float x = a.data[i * a.row + k * a.col];
-            sum[i][0] += x * b0;
-            sum[i][1] += x * b1;
-        }
+        for (int i = 0; i < MR; i++) sum[i][0] += a[i] * b0, sum[i][1] += a[i] * b1;
     }
     float border[MR][NR];
     bool whole = m == MR && n == NR;
@@ -350,18 +367,42 @@ void micro_kernel(float *c, ptrdiff_t ldc, View a, const float *b, int kc, int m
         for (int j = 0; j < n; j++) c[i * ldc + j] = mode == ACCUMULATE ? c[i * ldc + j] + border[i][j] : border[i][j];
 }
 
-// out[k * width + w] = from(w, k): a panel of `count` (at most width) rows or columns, side by side for each k, then zeros.
-void pack_panel(float *out, View from, int count, int width, int kc) {
-    if (from.row == 1 && count == width) {
-        for (int k = 0; k < kc; k++) memcpy(out + (ptrdiff_t)k * width, from.data + k * from.col, sizeof(float) * (size_t)width);
-        return;
-    }
-    if (count < width) memset(out, 0, sizeof(float) * (size_t)kc * (size_t)width);
-    for (int k0 = 0; k0 < kc; k0 += 16) {                        // 16 k at a time: whole cache lines are read and written
-        int k1 = k0 + 16 < kc ? k0 + 16 : kc;
-        for (int w = 0; w < count; w++)
-            for (int k = k0; k < k1; k++) out[(ptrdiff_t)k * width + w] = from.data[w * from.row + k * from.col];
-    }
+// out[k * width + w] = from(w, k), w < count <= width, k < kc; zeros for the other w. Whole panels are copied by vectors: rows of the panel
+// that lie side by side as they are, others VL x VL at a time through registers: interleaving row i with row i + VL / 2 moves each element's
+// index bits (row, column) round by one, so after log2(VL) times row and column have changed places. A panel narrower than a vector is
+// written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
+#if defined(__GNUC__)
+__attribute__((always_inline))                                   // so that width is a constant
+#endif
+static inline void pack_panel(float *out, View from, int count, int width, int kc) {
+    int k = 0;
+    if (from.row == 1 && count == width)
+        for (; k < kc - 1; k++)                                  // (a narrow panel's last row could end with the memory)
+            for (int w = 0; w < width; w += VL) *(vec_at *)(out + k * width + w) = *(const vec_at *)(from.data + k * from.col + w);
+#if defined(__has_builtin) && !defined(__CUDACC__)
+#if __has_builtin(__builtin_shufflevector)
+    if (from.col == 1 && count == width)
+        for (; k + VL <= kc; k += VL)
+            for (int w0 = 0; w0 < width; w0 += VL) {
+                vec rows[VL], next[VL];
+                UNROLL
+                for (int i = 0; i < VL; i++) rows[i] = *(const vec_at *)(from.data + (w0 + i < width ? w0 + i : 0) * from.row + k);
+                for (int times = 1; times < VL; times *= 2) {
+                    UNROLL
+                    for (int i = 0; i < VL / 2; i++) {
+                        next[2 * i] = __builtin_shufflevector(rows[i], rows[i + VL / 2], LOW_HALVES);
+                        next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + VL / 2], HIGH_HALVES);
+                    }
+                    UNROLL
+                    for (int i = 0; i < VL; i++) rows[i] = next[i];
+                }
+                UNROLL
+                for (int i = 0; i < VL; i++) *(vec_at *)(out + (k + i) * width + w0) = rows[i];
+            }
+#endif
+#endif
+    for (; k < kc; k++)
+        for (int w = 0; w < width; w++) out[k * width + w] = w < count ? from.data[w * from.row + k * from.col] : 0;
 }
 
 // A buffer of the calling thread, kept for its next call; 64-byte aligned. Slots are used independently.
@@ -378,30 +419,36 @@ float *thread_buffer(int slot, size_t floats) {
 }
 enum { BUFFER_A, BUFFER_B, BUFFER_ATTENTION, BUFFER_ROW };
 
-// C (M, N) = or += A (M, K) B (K, N), on the calling thread. Blocks of B are packed so that the micro-kernel reads them in order;
-// A is read where it is when its rows are contiguous (col == 1), else packed as well.
+// Packs A (m, kc) as the panels of MR rows that the micro-kernel reads. Panel p begins at out[p * MR * depth]; depth >= kc leaves room for
+// more columns. Likewise B (kc, n) as panels of NR columns.
+void pack_rows(float *out, int depth, View a, int m, int kc) {
+    for (int i = 0; i < m; i += MR)
+        pack_panel(out + (ptrdiff_t)i * depth, view(a.data + i * a.row, a.row, a.col), m - i < MR ? m - i : MR, MR, kc);
+}
+void pack_columns(float *out, int depth, View b, int n, int kc) {
+    for (int j = 0; j < n; j += NR)
+        pack_panel(out + (ptrdiff_t)j * depth, view(b.data + j * b.col, b.col, b.row), n - j < NR ? n - j : NR, NR, kc);
+}
+
+// C (m, n) = or += A (m, kc) B (kc, n), both packed.
+void multiply_packed(float *C, ptrdiff_t ldc, const float *a, int a_depth, const float *b, int b_depth, int m, int n, int kc, WriteMode mode) {
+    for (int j = 0; j < n; j += NR)
+        for (int i = 0; i < m; i += MR)
+            micro_kernel(C + i * ldc + j, ldc, a + (ptrdiff_t)i * a_depth, b + (ptrdiff_t)j * b_depth, kc, m - i < MR ? m - i : MR,
+                         n - j < NR ? n - j : NR, mode);
+}
+
+// C (M, N) = or += A (M, K) B (K, N), on the calling thread.
 void gemm_block(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMode mode) {
-    float *packed_a = thread_buffer(BUFFER_A, (size_t)MC * KC), *packed_b = thread_buffer(BUFFER_B, (size_t)NC * KC);
+    float *a = thread_buffer(BUFFER_A, (size_t)MC * KC + VL), *b = thread_buffer(BUFFER_B, (size_t)NC * KC);
     for (int j0 = 0; j0 < N; j0 += NC)
         for (int k0 = 0; k0 < K; k0 += KC) {
             int nc = N - j0 < NC ? N - j0 : NC, kc = K - k0 < KC ? K - k0 : KC;
-            for (int j = 0; j < nc; j += NR) {
-                View columns = {B.data + k0 * B.row + (j0 + j) * B.col, B.col, B.row};
-                pack_panel(packed_b + (ptrdiff_t)j * kc, columns, nc - j < NR ? nc - j : NR, NR, kc);
-            }
+            pack_columns(b, kc, view(B.data + k0 * B.row + j0 * B.col, B.row, B.col), nc, kc);
             for (int i0 = 0; i0 < M; i0 += MC) {
-                int mc = M - i0 < MC ? M - i0 : MC, in_place = A.col == 1 ? mc / MR * MR : 0;
-                for (int i = in_place; i < mc; i += MR) {
-                    View rows = {A.data + (i0 + i) * A.row + k0 * A.col, A.row, A.col};
-                    pack_panel(packed_a + (ptrdiff_t)i * kc, rows, mc - i < MR ? mc - i : MR, MR, kc);
-                }
-                for (int j = 0; j < nc; j += NR)
-                    for (int i = 0; i < mc; i += MR) {
-                        View a = {packed_a + (ptrdiff_t)i * kc, 1, MR};
-                        if (i < in_place) a = view(A.data + (i0 + i) * A.row + k0, A.row, 1);
-                        micro_kernel(C + (i0 + i) * ldc + j0 + j, ldc, a, packed_b + (ptrdiff_t)j * kc, kc,
-                                     mc - i < MR ? mc - i : MR, nc - j < NR ? nc - j : NR, k0 > 0 ? ACCUMULATE : mode);
-                    }
+                int mc = M - i0 < MC ? M - i0 : MC;
+                pack_rows(a, kc, view(A.data + i0 * A.row + k0 * A.col, A.row, A.col), mc, kc);
+                multiply_packed(C + i0 * ldc + j0, ldc, a, kc, b, kc, mc, nc, kc, k0 > 0 ? ACCUMULATE : mode);
             }
         }
     if (K == 0 && mode == OVERWRITE)
@@ -419,7 +466,7 @@ void gemm(float *C, ptrdiff_t ldc, View A, View B, int M, int N, int K, WriteMod
         if (threads % q != 0) continue;
         int down = threads / q;
         double m = (row_tiles + down - 1) / down * MR, n = (column_tiles + q - 1) / q * NR;
-        double work = m * n + 30 * n + (A.col == 1 ? 0 : 30 * m);        // packing an element costs about 30 multiply-adds
+        double work = m * n + 10 * (m * ceil(n / NC) + n);       // packing an element costs about 10 multiply-adds
         if (work < least) least = work, across = q;
     }
     #pragma omp parallel for
@@ -448,7 +495,8 @@ vec vector_exp(vec x) {
     vec shifted = x * 1.44269504f + 12582912.0f;                 // 1.5 * 2^23 pushes the fraction out: rounds to an integer,
     vec n = shifted - 12582912.0f;                               // which is also in the low bits of `shifted`
     vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;         // ln 2 in two parts, the first exact in 15 bits
-    vec p = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f)))))));
+    vec r2 = r * r, r4 = r2 * r2;                                // pairs of terms first: less waiting than term by term
+    vec p = (1.0f + r) + r2 * (0.5f + r * (1 / 6.0f)) + r4 * ((1 / 24.0f + r * (1 / 120.0f)) + r2 * (1 / 720.0f + r * (1 / 5040.0f)));
     return p * (vec)(((veci)shifted - 0x4B400000 + 127) << 23);  // 0x4B400000 are the bits of 1.5 * 2^23; 2^n by its exponent
 }
 
@@ -490,6 +538,58 @@ float dot(const float *a, const float *b, int n) {
     return sum;
 }
 
+uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+
+float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
+uint16_t float_to_bf16(float x) {                                // rounds to nearest, ties to even
+    uint32_t bits = float_bits(x);
+    if (x != x) return (uint16_t)(bits >> 16 | 0x40);            // NaN stays NaN
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+// Generating reads every weight once a token, and memory is slower than arithmetic. Where all weights of a model are bf16 numbers, as in most
+// published checkpoints, reading a copy of 2 bytes a weight gives the same bits in half of the time. Not for training: weights change there.
+typedef struct { const float *weights; size_t count; uint16_t *halves; } HalfWeights;
+static HalfWeights half_weights;         // of one model
+
+void half_weights_free(const float *weights) {
+    if (half_weights.weights != weights) return;
+    free(half_weights.halves);
+    memset(&half_weights, 0, sizeof half_weights);
+}
+void half_weights_make(const float *weights, size_t count) {
+    bool exact = true;
+    #pragma omp parallel for reduction(&&:exact)
+    for (size_t i = 0; i < count; i++) exact = exact && (float_bits(weights[i]) & 0xFFFF) == 0;
+    half_weights_free(half_weights.weights);
+    uint16_t *halves = exact ? (uint16_t *)malloc(count * sizeof(uint16_t)) : NULL;  // if there is no room for it, it goes without
+    if (!halves) return;
+    #pragma omp parallel for
+    for (size_t i = 0; i < count; i++) halves[i] = (uint16_t)(float_bits(weights[i]) >> 16);
+    half_weights.weights = weights, half_weights.count = count, half_weights.halves = halves;
+}
+const uint16_t *half_of(const float *weight) {                   // the copy of this weight, or NULL
+    bool inside = weight >= half_weights.weights && weight < half_weights.weights + half_weights.count;
+    return inside ? half_weights.halves + (weight - half_weights.weights) : NULL;
+}
+
+// The sum of dot, in the same order, with bf16 numbers.
+float dot_half(const float *a, const uint16_t *b, int n) {
+    vec sums0 = {0}, sums1 = {0};
+    int i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        veci b0 = __builtin_convertvector(*(const half_at *)(b + i), veci) << 16;
+        veci b1 = __builtin_convertvector(*(const half_at *)(b + i + VL), veci) << 16;
+        sums0 += *(const vec_at *)(a + i) * (vec)b0;
+        sums1 += *(const vec_at *)(a + i + VL) * (vec)b1;
+    }
+    float sum = 0;
+    for (int j = 0; j < VL; j++) sum += sums0[j] + sums1[j];
+    for (; i < n; i++) sum += a[i] * bf16_to_float(b[i]);
+    return sum;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // SECTION 4. Layers, forward and backward
 //
@@ -504,14 +604,18 @@ void embedding_forward(float *out, const int *tokens, const float *wte, int N, i
     for (int n = 0; n < N; n++) memcpy(out + (size_t)n * C, wte + (size_t)tokens[n] * C, sizeof(float) * (size_t)C);
 }
 
-// dwte[tokens[n]] += dout[n]. A token may stand in many rows, so threads share the columns, not the rows.
+// dwte[tokens[n]] += dout[n]. A token may stand in many rows, so threads share the columns, COLUMNS at a time, not the rows.
+enum { COLUMNS = 64 };
 void embedding_backward(float *dwte, const float *dout, const int *tokens, int N, int C) {
     #pragma omp parallel for
-    for (int c0 = 0; c0 < C; c0 += 64)
+    for (int c0 = 0; c0 < C; c0 += COLUMNS) {
+        int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
         for (int n = 0; n < N; n++) {
-            float *to = dwte + (size_t)tokens[n] * C;
-            for (int c = c0; c < C && c < c0 + 64; c++) to[c] += dout[(size_t)n * C + c];
+            float *to = dwte + (size_t)tokens[n] * C + c0;
+            const float *from = dout + (size_t)n * C + c0;
+            for (int c = 0; c < width; c++) to[c] += from[c];
         }
+    }
 }
 
 // Each row of inp holds G vectors of C channels, one behind the other; the next row is `stride` floats on. (G = 1 for the norms
@@ -536,13 +640,18 @@ void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const floa
     #pragma omp parallel
     {
         #pragma omp for
-        for (int c0 = 0; c0 < C; c0 += 32)                       // columns are shared out, as in embedding_backward
+        for (int c0 = 0; c0 < C; c0 += COLUMNS) {                // columns are shared out, as in embedding_backward
+            float sum[COLUMNS] = {0};
+            int width = C - c0 < COLUMNS ? C - c0 : COLUMNS;
             for (int n = 0; n < N; n++)
                 for (int g = 0; g < G; g++) {
-                    size_t at = (size_t)n * stride + (size_t)g * C;
+                    size_t at = (size_t)n * stride + (size_t)g * C + (size_t)c0;
+                    const float *dy = dout + at, *x = inp + at;
                     float r = rstd[(size_t)n * G + g];
-                    for (int c = c0; c < C && c < c0 + 32; c++) dweight[c] += dout[at + c] * inp[at + c] * r;
+                    for (int c = 0; c < width; c++) sum[c] += dy[c] * x[c] * r;
                 }
+            for (int c = 0; c < width; c++) dweight[c0 + c] += sum[c];
+        }
         #pragma omp for
         for (int n = 0; n < N; n++)
             for (int g = 0; g < G; g++) {
@@ -564,10 +673,12 @@ void rmsnorm_backward(float *dinp, float *dweight, const float *dout, const floa
 // One or few rows (sampling) are dot products with the rows of weight: then reading weight from memory is all that counts.
 void matmul_forward(float *out, const float *inp, const float *weight, const float *bias, int N, int C, int OC, WriteMode mode) {
     if (N < 4) {
+        const uint16_t *half = half_of(weight);
         #pragma omp parallel for
         for (int o = 0; o < OC; o++)
             for (int n = 0; n < N; n++) {
-                float *to = out + (size_t)n * OC + o, sum = dot(inp + (size_t)n * C, weight + (size_t)o * C, C);
+                const float *x = inp + (size_t)n * C;
+                float *to = out + (size_t)n * OC + o, sum = half ? dot_half(x, half + (size_t)o * C, C) : dot(x, weight + (size_t)o * C, C);
                 *to = (mode == ACCUMULATE ? *to : 0) + sum + (bias ? bias[o] : 0);
             }
         return;
@@ -586,9 +697,15 @@ void matmul_backward(float *dinp, float *dweight, float *dbias, const float *dou
     gemm(dweight, C, view(dout, 1, OC), view(inp, C, 1), OC, C, N, ACCUMULATE);
     if (!dbias) return;
     #pragma omp parallel for
-    for (int o0 = 0; o0 < OC; o0 += 32)
-        for (int n = 0; n < N; n++)
-            for (int o = o0; o < OC && o < o0 + 32; o++) dbias[o] += dout[(size_t)n * OC + o];
+    for (int o0 = 0; o0 < OC; o0 += COLUMNS) {
+        float sum[COLUMNS] = {0};
+        int width = OC - o0 < COLUMNS ? OC - o0 : COLUMNS;
+        for (int n = 0; n < N; n++) {
+            const float *dy = dout + (size_t)n * OC + o0;
+            for (int o = 0; o < width; o++) sum[o] += dy[o];
+        }
+        for (int o = 0; o < width; o++) dbias[o0 + o] += sum[o];
+    }
 }
 
 // cos and sin of every position's angles: table (T, HD / 2, 2), angle = position * base^(-2 i / HD), computed in double.
@@ -622,33 +739,85 @@ void rope(float *x, const int *positions, const float *table, int N, int heads, 
 // Causal attention with grouped heads: query head h reads key and value head h / (NH / NKV). For query position t and the keys
 // j = start[t] .. t of its document:   p_j = softmax_j(q . k_j / sqrt(HD)),   att = sum_j p_j v_j
 // q, k, v are heads inside rows of `stride` floats; att is (N, NH * HD); lse (B, NH, T) keeps log(sum(exp(scores))), from which the
-// backward makes p again. Blocks of ATTENTION_ROWS queries meet all their keys at once: (T, T) is never stored.
-enum { ATTENTION_ROWS = 64 };
+// backward makes p again. (T, T) is never stored: a panel of NR queries meets KEY_ROWS keys at a time.
+//
+// Scores are computed transposed, S^T = K Q^T: a query is a lane of a vector, so softmax runs down the columns without ever adding up
+// across a vector, and a block of S^T (keys, NR) is as it stands the packed right operand of the next product, att^T = V^T P^T.
+enum { KEY_ROWS = 24 * MR };
 
-// The first key that any of n queries sees.
-int first_key(const int *start, int n) {
-    int first = start[0];
-    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
-    return first;
+// What a panel of queries knows of itself, a lane for each: the keys it may see, and in the forward max and sum of its scores so far.
+typedef struct { veci from, to; vec max, sum; } Lanes;
+
+// Lanes of the queries at positions t .. t + n - 1; lanes beyond see no key.
+void lanes_begin(Lanes lanes[2], const int *start, int t, int n) {
+    for (int half = 0; half < 2; half++)
+        for (int i = 0; i < VL; i++) {
+            int query = half * VL + i;
+            lanes[half].from[i] = query < n ? start[query] : 1, lanes[half].to[i] = query < n ? t + query : 0;
+            lanes[half].max[i] = -1e30f, lanes[half].sum[i] = 0;
+        }
+}
+veci lanes_see(const Lanes *lanes, int key) { return (lanes->from <= (veci){} + key) & (lanes->to >= (veci){} + key); }
+
+// Online softmax (Milakov and Gimelshein 2018). scores (count, NR) of keys `key` ... become exp(scale * score - max), 0 where a query may not
+// see the key; max and sum go on from the blocks before, whose weights in out (HD, NR) are scaled to the new maximum.
+void softmax_block(float *scores, Lanes lanes[2], float *out, float scale, int key, int count, int HD) {
+    for (int half = 0; half < 2; half++) {
+        const Lanes l = lanes[half];
+        const vec zero = {0}, masked = zero - 1e30f;
+        vec max = l.max, sum = zero;
+        for (int j = 0; j < count; j++) {
+            vec_at *s = (vec_at *)(scores + j * NR + half * VL);
+            vec x = select_vector(lanes_see(&l, key + j), *s * scale, masked);
+            max = select_vector(x > max, x, max);
+            *s = x;
+        }
+        for (int j = 0; j < count; j++) {
+            vec_at *s = (vec_at *)(scores + j * NR + half * VL);
+            vec p = select_vector(*s == masked, zero, vector_exp(*s - max));
+            sum += p;
+            *s = p;
+        }
+        vec shrink = vector_exp(l.max - max);
+        lanes[half].max = max, lanes[half].sum = l.sum * shrink + sum;
+        for (int i = 0; i < HD; i++) *(vec_at *)(out + i * NR + half * VL) *= shrink;
+    }
 }
 
-// One block: queries t0 .. t0 + n - 1 of one head against keys 0 .. t0 + n - 1. k and v point to position 0, all others to t0.
-void attention_block(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int t0, int n,
-                     int HD, int q_stride, int kv_stride, int att_stride) {
-    int first = first_key(start, n), count = t0 + n - first;
-    float *scores = thread_buffer(BUFFER_ATTENTION, (size_t)ATTENTION_ROWS * (size_t)count), scale = 1.0f / sqrtf((float)HD);
-    gemm_block(scores, count, view(q, q_stride, 1), view(k + (size_t)first * kv_stride, 1, kv_stride), n, count, HD, OVERWRITE);
-    for (int i = 0; i < n; i++) {
-        float *row = scores + (size_t)i * count;
-        int from = start[i] - first, to = t0 + i + 1 - first;
-        float max = row_max(row + from, to - from) * scale;
-        float sum = exp_row(row + from, row + from, scale, max, to - from), inverse = 1.0f / sum;
-        for (int j = 0; j < from; j++) row[j] = 0;
-        for (int j = from; j < to; j++) row[j] *= inverse;
-        for (int j = to; j < count; j++) row[j] = 0;
-        if (lse) lse[i] = max + logf(sum);
+// The first key that any of n queries sees, and the block of KEY_ROWS it is in.
+int first_block(const int *start, int n) {
+    int first = start[0];
+    for (int i = 1; i < n; i++) if (start[i] < first) first = start[i];
+    return first / KEY_ROWS * KEY_ROWS;
+}
+
+// One head: queries at positions past .. past + n - 1 against keys 0 .. past + n - 1. start, lse (may be NULL) begin with the first query.
+void attention_head(float *att, float *lse, const float *q, const float *k, const float *v, const int *start, int past, int n, int HD,
+                    int q_stride, int kv_stride, int att_stride) {
+    int total = past + n, depth = HD + MR;
+    float *keys = thread_buffer(BUFFER_ATTENTION, (size_t)(total + MR) * HD + (size_t)total * depth + (size_t)NR * (2 * HD + KEY_ROWS + MR) + VL);
+    float *values = keys + (size_t)(total + MR) * HD, *queries = values + (size_t)total * depth, *out = queries + NR * HD;
+    float *p = out + NR * (HD + MR);
+    pack_rows(keys, HD, view(k, kv_stride, 1), total, HD);                           // K (total, HD)
+    pack_rows(values, total, view(v, 1, kv_stride), HD, total);                      // V^T (HD, total)
+    for (int t0 = 0; t0 < n; t0 += NR) {
+        int rows = n - t0 < NR ? n - t0 : NR, end = past + t0 + rows, begin = first_block(start + t0, rows);
+        Lanes lanes[2];
+        lanes_begin(lanes, start + t0, past + t0, rows);
+        pack_columns(queries, HD, view(q + (ptrdiff_t)t0 * q_stride, 1, q_stride), rows, HD);          // Q^T (HD, NR)
+        memset(out, 0, sizeof(float) * NR * (size_t)HD);                             // att^T (HD, NR)
+        for (int key = begin; key < end; key += KEY_ROWS) {
+            int count = end - key < KEY_ROWS ? end - key : KEY_ROWS;
+            multiply_packed(p, NR, keys + (ptrdiff_t)key * HD, HD, queries, HD, count, NR, HD, OVERWRITE);
+            softmax_block(p, lanes, out, 1.0f / sqrtf((float)HD), key, count, HD);
+            multiply_packed(out, NR, values + (ptrdiff_t)key * MR, total, p, count, HD, NR, count, ACCUMULATE);
+        }
+        for (int i = 0; i < rows; i++) {
+            float sum = lanes[i / VL].sum[i % VL], inverse = 1.0f / sum;
+            for (int c = 0; c < HD; c++) att[(ptrdiff_t)(t0 + i) * att_stride + c] = out[c * NR + i] * inverse;
+            if (lse) lse[t0 + i] = lanes[i / VL].max[i % VL] + logf(sum);
+        }
     }
-    gemm_block(att, att_stride, view(scores, count, 1), view(v + (size_t)first * kv_stride, kv_stride, 1), n, HD, count, OVERWRITE);
 }
 
 void attention_forward(float *att, float *lse, const float *q, const float *k, const float *v, const int *start,
@@ -656,12 +825,20 @@ void attention_forward(float *att, float *lse, const float *q, const float *k, c
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int h = 0; h < NH; h++) {
-            size_t row = (size_t)b * T, kv_head = (size_t)(h / (NH / NKV)) * HD;
-            for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS)
-                attention_block(att + (row + t0) * NH * HD + (size_t)h * HD, lse + (row * NH + (size_t)h * T) + t0,
-                                q + (row + t0) * stride + (size_t)h * HD, k + row * stride + kv_head, v + row * stride + kv_head,
-                                start + row + t0, t0, T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, HD, stride, stride, NH * HD);
+            size_t row = (size_t)b * T, head = (size_t)h * HD, kv_head = (size_t)(h / (NH / NKV)) * HD;
+            attention_head(att + row * NH * HD + head, lse + row * NH + (size_t)h * T, q + row * stride + head, k + row * stride + kv_head,
+                           v + row * stride + kv_head, start + row, 0, T, HD, stride, stride, NH * HD);
         }
+}
+
+// The one query of a generated token against `count` keys: no more than reading keys and values once.
+void attention_row(float *att, const float *q, const float *k, const float *v, int count, int HD, int kv_stride) {
+    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)count);
+    for (int j = 0; j < count; j++) p[j] = dot(q, k + (ptrdiff_t)j * kv_stride, HD);
+    float scale = 1.0f / sqrtf((float)HD), sum = exp_row(p, p, scale, scale * row_max(p, count), count);
+    memset(att, 0, sizeof(float) * (size_t)HD);
+    for (int j = 0; j < count; j++)
+        for (int c = 0; c < HD; c++) att[c] += p[j] / sum * v[(ptrdiff_t)j * kv_stride + c];
 }
 
 // Keys and values of one sequence so far, so that generating a token needs the forward pass of that token only.
@@ -687,53 +864,98 @@ void attention_cached(float *att, const float *q, const float *k, const float *v
         memcpy(values + (size_t)(past + t) * width, v + (size_t)t * stride, sizeof(float) * (size_t)width);
     }
     #pragma omp parallel for
-    for (int h = 0; h < NH; h++)
-        for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS)
-            attention_block(att + (size_t)t0 * NH * HD + (size_t)h * HD, NULL, q + (size_t)t0 * stride + (size_t)h * HD,
-                            keys + (size_t)(h / (NH / NKV)) * HD, values + (size_t)(h / (NH / NKV)) * HD, cache->zeros, past + t0,
-                            T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS, HD, stride, width, NH * HD);
+    for (int h = 0; h < NH; h++) {
+        const float *q_head = q + (size_t)h * HD, *k_head = keys + (size_t)(h / (NH / NKV)) * HD, *v_head = values + (size_t)(h / (NH / NKV)) * HD;
+        float *att_head = att + (size_t)h * HD;
+        if (T == 1) attention_row(att_head, q_head, k_head, v_head, past + 1, HD, width);
+        else attention_head(att_head, NULL, q_head, k_head, v_head, cache->zeros, past, T, HD, stride, width, NH * HD);
+    }
+}
+
+// With lse and back = datt . att of each lane: scores become p = exp(scale * score - lse), dp becomes ds = p (dp - back) scale.
+void softmax_backward_block(float *scores, float *dp, const Lanes lanes[2], const vec lse[2], const vec back[2], float scale, int key, int count) {
+    const vec zero = {0};
+    for (int j = 0; j < count; j++)
+        for (int half = 0; half < 2; half++) {
+            vec_at *s = (vec_at *)(scores + j * NR + half * VL), *d = (vec_at *)(dp + j * NR + half * VL);
+            *s = select_vector(lanes_see(&lanes[half], key + j), vector_exp(*s * scale - lse[half]), zero);
+            *d = *s * (*d - back[half]) * scale;
+        }
 }
 
 // dq, dk, dv = (rows of `stride` floats, laid out as q, k, v). With p_ij of query i and key j, datt of att:
-//    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      dscore_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
-//    dq_i = sum_j dscore_ij k_j    dk_j = sum_i dscore_ij q_i
-// One task is one key/value head with all of its query heads, so dk and dv have one writer.
+//    dv_j = sum_i p_ij datt_i      dp_ij = datt_i . v_j      ds_ij = p_ij (dp_ij - datt_i . att_i) / sqrt(HD)
+//    dq_i = sum_j ds_ij k_j        dk_j = sum_i ds_ij q_i
+// One task is one key/value head with all of its query heads, so dk and dv have one writer. QUERY_ROWS queries, some panels of NR, meet KEY_ROWS keys
+// at a time; p and ds are transposed as in the forward, (keys, NR) for each panel.
+enum { QUERY_ROWS = 64 };
+typedef struct { float *keys, *values, *keys_t, *queries, *datts, *queries_t, *datts_t, *dq_t, *p, *ds, *left; } AttentionBuffers;
+
+void attention_backward_block(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,
+                              const int *start, const AttentionBuffers *a, int t0, int n, int T, int HD, int stride, int att_stride) {
+    float scale = 1.0f / sqrtf((float)HD);
+    Lanes lanes[QUERY_ROWS / VL];
+    vec lses[QUERY_ROWS / VL] = {{0}}, backs[QUERY_ROWS / VL] = {{0}};
+    for (int i = 0; i < n; i += NR) lanes_begin(lanes + i / VL, start + i, t0 + i, n - i);
+    for (int i = 0; i < n; i++) {
+        lses[i / VL][i % VL] = lse[i];
+        backs[i / VL][i % VL] = dot(datt + (ptrdiff_t)i * att_stride, att + (ptrdiff_t)i * att_stride, HD);
+    }
+    pack_columns(a->queries_t, HD, view(q, 1, stride), n, HD);                       // Q^T (HD, n)
+    pack_columns(a->datts_t, HD, view(datt, 1, att_stride), n, HD);
+    pack_columns(a->queries, n, view(q, stride, 1), HD, n);                          // Q (n, HD)
+    pack_columns(a->datts, n, view(datt, att_stride, 1), HD, n);
+    memset(a->dq_t, 0, sizeof(float) * (size_t)QUERY_ROWS * (size_t)HD);                // dQ^T, (HD, NR) for each panel
+    for (int key = first_block(start, n); key < t0 + n; key += KEY_ROWS) {
+        int count = t0 + n - key < KEY_ROWS ? t0 + n - key : KEY_ROWS;
+        for (int i = 0; i < n; i += NR) {
+            int end = t0 + (i + NR < n ? i + NR : n) - key, seen = end < 0 ? 0 : end < count ? end : count;
+            float *p = a->p + i * KEY_ROWS, *ds = a->ds + i * KEY_ROWS;
+            multiply_packed(p, NR, a->keys + (ptrdiff_t)key * HD, HD, a->queries_t + i * HD, HD, seen, NR, HD, OVERWRITE);
+            multiply_packed(ds, NR, a->values + (ptrdiff_t)key * HD, HD, a->datts_t + i * HD, HD, seen, NR, HD, OVERWRITE);
+            softmax_backward_block(p, ds, lanes + i / VL, lses + i / VL, backs + i / VL, scale, key, seen);
+            memset(p + seen * NR, 0, sizeof(float) * (size_t)((count - seen) * NR));
+            memset(ds + seen * NR, 0, sizeof(float) * (size_t)((count - seen) * NR));
+            multiply_packed(a->dq_t + i * HD, NR, a->keys_t + (ptrdiff_t)key * MR, T, ds, seen, HD, NR, seen, ACCUMULATE);
+        }
+        for (int which = 0; which < 2; which++) {                // dV += P^T dAtt, dK += dS^T Q; P^T (count, n) has to be packed as rows
+            const float *panels = which ? a->ds : a->p;
+            for (int j = 0; j < count; j += MR)
+                for (int i = 0; i < n; i += NR)
+                    pack_panel(a->left + j * n + i * MR, view(panels + i * KEY_ROWS + j * NR, NR, 1), count - j < MR ? count - j : MR, MR,
+                               n - i < NR ? n - i : NR);
+            multiply_packed((which ? dk : dv) + (ptrdiff_t)key * stride, stride, a->left, n, which ? a->queries : a->datts, n, count, HD, n,
+                            ACCUMULATE);
+        }
+    }
+    for (int i = 0; i < n; i++)
+        for (int c = 0; c < HD; c++) dq[(ptrdiff_t)i * stride + c] = a->dq_t[i / NR * NR * HD + c * NR + i % NR];
+}
+
 void attention_backward(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,
                         const float *k, const float *v, const int *start, int B, int T, int NH, int NKV, int HD, int stride) {
     int group = NH / NKV;
-    float scale = 1.0f / sqrtf((float)HD);
     #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int b = 0; b < B; b++)
         for (int g = 0; g < NKV; g++) {
-            size_t row = (size_t)b * T, kv = row * stride + (size_t)g * HD;
+            size_t row = (size_t)b * T, kv = row * stride + (size_t)g * HD, rows = (size_t)T + MR, width = (size_t)HD + NR;
+            float *at = thread_buffer(BUFFER_ATTENTION, 3 * rows * width + 5 * QUERY_ROWS * width + QUERY_ROWS * (3 * KEY_ROWS + 2 * MR));
+            AttentionBuffers a;
+            a.keys = at, a.values = at += rows * width, a.keys_t = at += rows * width, a.queries = at += rows * width;
+            a.datts = at += QUERY_ROWS * width, a.queries_t = at += QUERY_ROWS * width, a.datts_t = at += QUERY_ROWS * width, a.dq_t = at += QUERY_ROWS * width;
+            a.p = at += QUERY_ROWS * width, a.ds = at += QUERY_ROWS * KEY_ROWS, a.left = at += QUERY_ROWS * KEY_ROWS;
+            pack_rows(a.keys, HD, view(k + kv, stride, 1), T, HD);                   // K (T, HD)
+            pack_rows(a.values, HD, view(v + kv, stride, 1), T, HD);                 // V (T, HD)
+            pack_rows(a.keys_t, T, view(k + kv, 1, stride), HD, T);                  // K^T (HD, T)
             for (int t = 0; t < T; t++) {
                 memset(dk + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
                 memset(dv + kv + (size_t)t * stride, 0, sizeof(float) * (size_t)HD);
             }
             for (int h = g * group; h < (g + 1) * group; h++)
-                for (int t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
-                    int n = T - t0 < ATTENTION_ROWS ? T - t0 : ATTENTION_ROWS;
-                    int first = first_key(start + row + t0, n), count = t0 + n - first;
-                    size_t queries = (row + t0) * stride + (size_t)h * HD, outputs = (row + t0) * NH * HD + (size_t)h * HD;
-                    size_t keys = kv + (size_t)first * stride;
-                    float *p = thread_buffer(BUFFER_ATTENTION, (size_t)2 * ATTENTION_ROWS * (size_t)T);
-                    float *dp = p + (size_t)n * count;
-                    View datt_block = view(datt + outputs, (ptrdiff_t)NH * HD, 1);
-                    gemm_block(p, count, view(q + queries, stride, 1), view(k + keys, 1, stride), n, count, HD, OVERWRITE);
-                    gemm_block(dp, count, datt_block, view(v + keys, 1, stride), n, count, HD, OVERWRITE);
-                    for (int i = 0; i < n; i++) {
-                        float *p_row = p + (size_t)i * count, *dp_row = dp + (size_t)i * count;
-                        size_t out_row = outputs + (size_t)i * NH * HD;
-                        int from = start[row + t0 + i] - first, to = t0 + i + 1 - first;
-                        float back = dot(datt + out_row, att + out_row, HD);
-                        exp_row(p_row + from, p_row + from, scale, lse[(row * NH + (size_t)h * T) + t0 + i], to - from);
-                        for (int j = 0; j < from; j++) p_row[j] = dp_row[j] = 0;
-                        for (int j = from; j < to; j++) dp_row[j] = p_row[j] * (dp_row[j] - back) * scale;
-                        for (int j = to; j < count; j++) p_row[j] = dp_row[j] = 0;
-                    }
-                    gemm_block(dv + keys, stride, view(p, 1, count), datt_block, count, HD, n, ACCUMULATE);
-                    gemm_block(dq + queries, stride, view(dp, count, 1), view(k + keys, stride, 1), n, HD, count, OVERWRITE);
-                    gemm_block(dk + keys, stride, view(dp, 1, count), view(q + queries, stride, 1), count, HD, n, ACCUMULATE);
+                for (int t0 = 0; t0 < T; t0 += QUERY_ROWS) {
+                    size_t in = (row + t0) * stride + (size_t)h * HD, out = (row + t0) * NH * HD + (size_t)h * HD;
+                    attention_backward_block(dq + in, dk + kv, dv + kv, datt + out, att + out, lse + row * NH + (size_t)h * T + t0, q + in,
+                                             start + row + t0, &a, t0, T - t0 < QUERY_ROWS ? T - t0 : QUERY_ROWS, T, HD, stride, NH * HD);
                 }
         }
 }
@@ -768,7 +990,7 @@ void swiglu_backward(float *dgate_up, const float *dact, const float *gate_up, i
 //    logits = h head^T,   losses[n] = log(sum(exp(logits))) - logits[target] = -log p(target)
 // With dh, the gradient goes back at once: dlogits = (softmax - onehot(target)) * weights[n] * scale, in the place of logits, then
 //    dh (N, C) = dlogits head,   dhead (V, C) += dlogits^T h
-// Every task is this loss; tasks differ in the weights. dh = dhead = NULL computes the losses only.
+// Every task is this loss; tasks differ in the weights. dh = dhead = NULL computes the losses only, dhead = NULL leaves the head alone.
 enum { CLASSIFIER_ROWS = 256 };
 void classifier(float *losses, float *dh, float *dhead, const float *h, const float *head, const int *targets, const float *weights,
                 float scale, float *logits, int N, int C, int V) {
@@ -787,7 +1009,7 @@ void classifier(float *losses, float *dh, float *dhead, const float *h, const fl
         }
         if (!dh) continue;
         gemm(dh + (size_t)n0 * C, C, view(logits, V, 1), view(head, C, 1), rows, C, V, OVERWRITE);
-        gemm(dhead, C, view(logits, 1, V), view(h_block, C, 1), V, C, rows, ACCUMULATE);
+        if (dhead) gemm(dhead, C, view(logits, 1, V), view(h_block, C, 1), V, C, rows, ACCUMULATE);
     }
 }
 
@@ -895,8 +1117,117 @@ typedef struct {
     Recompute recompute;
     float *rope;                     // (positions, HD / 2, 2): cos, sin
     KVCache cache;                   // of the sequence that machine_decode goes on with
+    struct Lora *lora;               // NULL: all parameters are trained
+    struct Dpo *dpo;                 // NULL: the batch brings the loss weights; else they come of its losses, see dpo_weights
     struct Gpu *gpu;                 // train_qwen.cu: the same on the device
 } Model;
+
+// LoRA (Hu et al. 2021): some matrices of the layers are W = base + scale B A, with A (rank, inputs) and B (outputs, rank), and only A and
+// B are trained. No layer knows of it: forward and backward run on W as always, and by the chain rule
+//    dB = scale dW A^T,   dA = scale B^T dW
+// So a layer's gradient is needed only until it has been projected onto its A and B: all layers share the memory for one layer's, and
+// there are moments of A and B only. After each update W is made again, always from the base, which is kept: adding to W the change of
+// B A instead would leave in it the rounding errors of all updates. Embedding, head, norms and biases stay as they are.
+typedef struct { int rank; float alpha; unsigned targets; } LoraOptions;             // targets: bit i for LORA_TARGETS[i]; rank 0: no LoRA
+static const char *const LORA_TARGETS[] = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"};     // PEFT's names
+enum { NUM_LORA_TARGETS = 7, MOST_LORA_RANK = 1024 };
+
+typedef struct {
+    size_t weight, in_layer;         // where W begins in the model's parameters, and in those of its layer
+    size_t base, a, b;               // where its base begins in Lora.base, and A and B in Lora.memory
+    int outputs, inputs;
+} LoraMatrix;
+typedef struct Lora {
+    LoraOptions options;
+    float scale;                     // alpha / rank
+    TensorTable table;               // A and B of each matrix, layer by layer, under PEFT's names
+    LoraMatrix *matrices;
+    int count, per_layer;
+    size_t base_floats;
+    float *base;                     // (base_floats): the matrices as they were, one behind the other
+    float *memory, *grads, *m, *v;   // table.num_params each
+} Lora;
+
+// Parameters of one layer.
+size_t layer_floats(const TensorTable *table) {
+    size_t floats = 0;
+    for (int k = 0; k < table->count; k++) if (table->list[k].layer == 0) floats += table->list[k].rows * table->list[k].cols;
+    return floats;
+}
+
+// Without memory, to know the sizes.
+Lora lora_layout(const Config *c, const TensorTable *model, const LoraOptions *o) {
+    Lora lora = {};
+    lora.options = *o, lora.scale = o->alpha / (float)o->rank;
+    size_t first = 0;                                            // the layer's first parameter
+    for (int k = 0, layer = -1; k < model->count; k++) {
+        const TensorInfo *t = &model->list[k];
+        if (t->layer != layer) layer = t->layer, first = t->offset;
+        for (int i = 0; i < NUM_LORA_TARGETS && layer >= 0; i++) {
+            const char *at = strstr(t->name, LORA_TARGETS[i]);
+            if (!(o->targets >> i & 1) || !at || strcmp(at + strlen(LORA_TARGETS[i]), ".weight") != 0) continue;
+            LoraMatrix matrix = {t->offset, t->offset - first, lora.base_floats, lora.table.num_params, 0, (int)t->rows, (int)t->cols};
+            char name[2][96];
+            int stem = (int)(strlen(t->name) - strlen("weight"));
+            for (int j = 0; j < 2; j++) snprintf(name[j], sizeof name[j], "base_model.model.%.*slora_%c.weight", stem, t->name, "AB"[j]);
+            table_add(&lora.table, -1, o->rank, (int)t->cols, DECAY, NORMAL, name[0], "");
+            matrix.b = lora.table.num_params;
+            table_add(&lora.table, -1, (int)t->rows, o->rank, DECAY, ZEROS, name[1], "");
+            lora.matrices = (LoraMatrix *)xrealloc(lora.matrices, (size_t)(lora.count + 1) * sizeof(LoraMatrix));
+            lora.matrices[lora.count++] = matrix;
+            lora.base_floats += t->rows * t->cols;
+        }
+    }
+    lora.per_layer = lora.count / c->L;
+    return lora;
+}
+void lora_free(Lora *lora) {
+    free(lora->table.list), free(lora->matrices), free(lora->base), free(lora->memory), free(lora->grads), free(lora->m), free(lora->v);
+}
+
+// Gives the model adapters that change nothing yet: A is uniform in +-1 / sqrt(inputs), as PEFT begins, and B is 0.
+void lora_attach(Model *m, const LoraOptions *o, uint64_t seed) {
+    Lora *lora = m->lora = (Lora *)xmalloc(sizeof(Lora));
+    *lora = lora_layout(&m->config, &m->table, o);
+    lora->memory = (float *)xcalloc(lora->table.num_params, sizeof(float));
+    lora->m = (float *)xcalloc(lora->table.num_params, sizeof(float)), lora->v = (float *)xcalloc(lora->table.num_params, sizeof(float));
+    for (int k = 0; k < lora->count; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        for (size_t i = x->a; i < x->b; i++) lora->memory[i] = (float)(2 * random_uniform(seed, i) - 1) / sqrtf((float)x->inputs);
+    }
+}
+
+// W = base + scale B A, for all adapted matrices. The first call takes what is in W for the base.
+void lora_merge(Model *m) {
+    Lora *lora = m->lora;
+    int rank = lora->options.rank;
+    bool first = lora->base == NULL;
+    if (first) lora->base = (float *)xmalloc(lora->base_floats * sizeof(float));
+    for (int k = 0; k < lora->count; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        float *W = m->params_memory + x->weight, *base = lora->base + x->base;
+        size_t bytes = (size_t)x->outputs * (size_t)x->inputs * sizeof(float), b_count = (size_t)x->outputs * (size_t)rank;
+        float *scaled_b = (float *)xmalloc(b_count * sizeof(float));
+        for (size_t i = 0; i < b_count; i++) scaled_b[i] = lora->scale * lora->memory[x->b + i];
+        memcpy(first ? base : W, first ? W : base, bytes);
+        gemm(W, x->inputs, view(scaled_b, rank, 1), view(lora->memory + x->a, x->inputs, 1), x->outputs, x->inputs, rank, ACCUMULATE);
+        free(scaled_b);
+    }
+}
+
+// Adds layer l's part of the gradient to those of its A and B, and sets the memory that the layers share to zero for the next one. What is
+// in it has the factor `scale` already, from model_loss.
+void lora_backward(Model *m, int l) {
+    Lora *lora = m->lora;
+    int rank = lora->options.rank;
+    for (int k = l * lora->per_layer; k < (l + 1) * lora->per_layer; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        const float *dW = m->grads_memory + x->in_layer, *A = lora->memory + x->a, *B = lora->memory + x->b;
+        gemm(lora->grads + x->b, rank, view(dW, x->inputs, 1), view(A, 1, x->inputs), x->outputs, rank, x->inputs, ACCUMULATE);
+        gemm(lora->grads + x->a, x->inputs, view(B, 1, rank), view(dW, x->inputs, 1), rank, x->inputs, x->outputs, ACCUMULATE);
+    }
+    memset(m->grads_memory, 0, layer_floats(&m->table) * sizeof(float));
+}
 
 // x of the next layer = x + attention + MLP, leaving everything in acts. With a cache, the T tokens (of one sequence, B = 1) follow
 // those in the cache.
@@ -977,22 +1308,76 @@ void model_backward(Model *m, const int *tokens, const int *start, int B, int T)
     const Config *c = &m->config;
     Activations *a = &m->acts;
     rmsnorm_backward(a->dx, m->grads.norm, a->dh, a->x_last, m->params.norm, a->rstd, B * T, 1, c->C, c->C, OVERWRITE);
-    for (int l = c->L - 1; l >= 0; l--) layer_backward(m, l, start, B, T);
-    embedding_backward(m->grads.wte, a->dx, tokens, B * T, c->C);
+    for (int l = c->L - 1; l >= 0; l--) {
+        layer_backward(m, l, start, B, T);
+        if (m->lora) lora_backward(m, l);
+    }
+    if (!m->lora) embedding_backward(m->grads.wte, a->dx, tokens, B * T, c->C);
 }
 
-// Sum of weight * loss over rows of a batch. With TRAIN, also adds the gradient of `scale` times that sum to m->grads.
+// Direct preference optimisation (Rafailov et al. 2023). Of a pair of answers to one prompt, log p being the sum over the answer's tokens:
+//    reward = beta (log p - log p under the reference model),   margin = reward of the chosen - reward of the rejected
+//    loss = -(1 - smoothing) log sigmoid(margin) - smoothing log sigmoid(-margin)
+// smoothing is the share of pairs that may be labelled the wrong way round. Since log p is minus the sum of the tokens' losses,
+//    d loss / d (loss of a token) = beta (sigmoid(-margin) - smoothing) for the chosen answer, minus that for the rejected
+// is the same for all tokens of an answer: a loss weight, positive where the answer shall become likelier. So DPO needs no layers,
+// classifier or backward of its own; only, its weights are known after the losses.
+typedef struct { double pairs, loss, chosen, rejected, correct; } Preferences;       // sums over pairs: loss, rewards, margins above 0
+typedef struct Dpo {
+    double beta, smoothing;
+    double *reference;               // (documents): log p of each answer under the reference model
+    bool measuring;                  // the model is the reference model: dpo_weights fills `reference` and does nothing else
+    Preferences seen;                // of all batches since it was set to zero
+} Dpo;
+
+double log_sigmoid(double x) { return x < 0 ? x - log1p(exp(x)) : -log1p(exp(-x)); }
+
+// Turns weights of 0 and 1 into those of DPO, from the losses of a batch whose rows hold whole pairs, chosen then rejected. Returns the sum
+// of the pairs' losses.
+double dpo_weights(Dpo *dpo, const Batch *batch, const float *losses, int B, int T) {
+    double loss = 0;
+    for (int n = 0; n < B * T;) {
+        int document = batch->document[n], begin = n, border = n, side = 0;
+        if (document < 0) { n++; continue; }                     // padding
+        double log_p[2] = {0, 0}, reward[2];
+        assert(document % 2 == 0);
+        for (; side < 2; side++) {
+            if (side == 1) border = n;
+            for (int end = (begin / T + 1) * T; n < end && batch->document[n] == document + side; n++)
+                log_p[side] -= (double)batch->weights[n] * (double)losses[n];
+            if (dpo->measuring) dpo->reference[document + side] = log_p[side];
+            reward[side] = dpo->beta * (log_p[side] - dpo->reference[document + side]);
+        }
+        double margin = reward[0] - reward[1], weight = dpo->beta * (exp(log_sigmoid(-margin)) - dpo->smoothing);
+        for (int i = begin; i < n; i++) batch->weights[i] *= (float)(i < border ? weight : -weight);
+        double pair_loss = -(1 - dpo->smoothing) * log_sigmoid(margin) - dpo->smoothing * log_sigmoid(-margin);
+        dpo->seen.pairs++, dpo->seen.loss += pair_loss, dpo->seen.correct += margin > 0;
+        dpo->seen.chosen += reward[0], dpo->seen.rejected += reward[1];
+        loss += pair_loss;
+    }
+    return loss;
+}
+
+// Sum of weight * loss over rows of a batch, in DPO of the pairs' losses. With TRAIN, also adds the gradient of `scale` times that sum to
+// m->grads. In DPO the classifier runs twice, first for the losses only: keeping (N, V) logits instead would take far more memory than
+// everything else, and the repeated multiplication is 2 V C of some 6 times all parameters.
 typedef enum { EVALUATE, TRAIN } Pass;
 double model_loss(Model *m, const Batch *batch, int B, int T, float scale, Pass pass) {
     Activations *a = &m->acts;
     const Config *c = &m->config;
     assert(B <= m->B && T <= m->T);
-    model_forward(m, batch->tokens, batch->start, B, T, NULL);
-    classifier(a->losses, pass == TRAIN ? a->dh : NULL, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale,
-               a->logits, B * T, c->C, c->V);
-    if (pass == TRAIN) model_backward(m, batch->tokens, batch->start, B, T);
     double sum = 0;
-    for (int n = 0; n < B * T; n++) sum += (double)batch->weights[n] * (double)a->losses[n];
+    model_forward(m, batch->tokens, batch->start, B, T, NULL);
+    if (m->dpo || pass == EVALUATE)
+        classifier(a->losses, NULL, NULL, a->h, m->params.head, batch->targets, batch->weights, 0, a->logits, B * T, c->C, c->V);
+    if (m->dpo) sum = dpo_weights(m->dpo, batch, a->losses, B, T);
+    if (pass == TRAIN) {
+        if (m->lora) scale *= m->lora->scale;                    // only A and B are trained, and all of their gradients have this factor
+        classifier(a->losses, a->dh, m->grads.head, a->h, m->params.head, batch->targets, batch->weights, scale, a->logits, B * T,
+                   c->C, c->V);
+        model_backward(m, batch->tokens, batch->start, B, T);
+    }
+    for (int n = 0; n < B * T && !m->dpo; n++) sum += (double)batch->weights[n] * (double)a->losses[n];
     return sum;
 }
 
@@ -1018,9 +1403,26 @@ void model_alloc(Model *m, const Config *c) {
 }
 
 void model_alloc_moments(Model *m) {
-    if (m->m_memory) return;
+    if (m->m_memory || m->lora) return;
     m->m_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
     m->v_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
+}
+
+// For LoRA: the gradients of all layers in the same place. That of the last norm, which nobody needs, goes there too.
+void grads_point_shared(Params *grads, const Config *c, float *memory) {
+    grads->layers = (LayerParams *)xcalloc((size_t)c->L, sizeof(LayerParams));
+    for (int l = 0; l < c->L; l++) layer_point(&grads->layers[l], c, memory);
+    grads->norm = memory, grads->wte = grads->lm_head = grads->head = NULL;
+}
+
+// What AdamW updates: the model's parameters, or with LoRA its adapters.
+typedef struct { const TensorTable *table; float *params, *grads, *m, *v; } Trained;
+Trained trained(const Model *m) {
+    const Lora *lora = m->lora;
+    Trained all = {&m->table, m->params_memory, m->grads_memory, m->m_memory, m->v_memory};
+    if (!lora) return all;
+    Trained adapters = {&lora->table, lora->memory, lora->grads, lora->m, lora->v};
+    return adapters;
 }
 
 // Room for (B, T) batches of sequences up to `positions` long, and with TRAIN for gradients and AdamW's moments.
@@ -1031,12 +1433,20 @@ void model_alloc_run(Model *m, int B, int T, int positions, Recompute recompute,
     rope_table(m->rope, positions, m->config.HD, m->config.rope_base);
     if (pass != TRAIN) return;
     model_alloc_moments(m);
-    m->grads_memory = (float *)xcalloc(m->table.num_params, sizeof(float));
-    params_point(&m->grads, &m->config, m->grads_memory);
+    size_t floats = m->lora ? layer_floats(&m->table) : m->table.num_params;
+    m->grads_memory = (float *)xcalloc(floats, sizeof(float));
+    if (m->lora) {
+        m->lora->grads = (float *)xcalloc(m->lora->table.num_params, sizeof(float));
+        grads_point_shared(&m->grads, &m->config, m->grads_memory);
+    } else {
+        params_point(&m->grads, &m->config, m->grads_memory);
+    }
 }
 
 void model_free(Model *m) {
     cache_free(&m->cache);
+    half_weights_free(m->params_memory);
+    if (m->lora) lora_free(m->lora), free(m->lora);
     free(m->params_memory), free(m->grads_memory), free(m->m_memory), free(m->v_memory), free(m->rope);
     free(m->acts.memory), free(m->acts.layers), free(m->params.layers), free(m->grads.layers), free(m->table.list);
     memset(m, 0, sizeof *m);
@@ -1054,6 +1464,7 @@ double gradient_norm(const float *grads, size_t count) {
     for (int part = 0; part < PARTS; part++) {
         size_t end = (size_t)(part + 1) * size < count ? (size_t)(part + 1) * size : count;
         double sum = 0;
+        #pragma omp simd reduction(+:sum)
         for (size_t i = (size_t)part * size; i < end; i++) sum += (double)grads[i] * (double)grads[i];
         partial[part] = sum;
     }
@@ -1070,10 +1481,11 @@ typedef struct { float lr, beta1, beta2, eps, weight_decay; } AdamW;
 void adamw_step(Model *model, const AdamW *o, float grad_scale, long step) {
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step)));
     float correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    float *params = model->params_memory, *grads = model->grads_memory, *ms = model->m_memory, *vs = model->v_memory;
+    Trained all = trained(model);
+    float *params = all.params, *grads = all.grads, *ms = all.m, *vs = all.v;
     #pragma omp parallel
-    for (int k = 0; k < model->table.count; k++) {               // every thread goes through all tensors and takes its part of each
-        const TensorInfo *t = &model->table.list[k];
+    for (int k = 0; k < all.table->count; k++) {                 // every thread goes through all tensors and takes its part of each
+        const TensorInfo *t = &all.table->list[k];
         float keep = 1.0f - (t->decay == DECAY ? o->lr * o->weight_decay : 0.0f);
         #pragma omp for simd nowait
         for (size_t i = t->offset; i < t->offset + t->rows * t->cols; i++) {
@@ -1109,15 +1521,6 @@ typedef enum { F32, BF16, F16 } Dtype;
 static const char *const DTYPE_NAMES[] = {"F32", "BF16", "F16", NULL};
 size_t dtype_bytes(Dtype d) { return d == F32 ? 4 : 2; }
 
-uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
-float bits_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-
-float bf16_to_float(uint16_t h) { return bits_float((uint32_t)h << 16); }
-uint16_t float_to_bf16(float x) {                                // rounds to nearest, ties to even
-    uint32_t bits = float_bits(x);
-    if (x != x) return (uint16_t)(bits >> 16 | 0x40);            // NaN stays NaN
-    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
 float f16_to_float(uint16_t h) {                                 // 1 sign, 5 exponent, 10 mantissa bits
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = (uint32_t)(h & 0x7FFF) << 13;
     if ((h & 0x7C00) == 0x7C00) return bits_float(sign | 0x7F800000 | magnitude);    // infinity, NaN
@@ -1223,7 +1626,10 @@ StoredTensors safetensors_open(const char *directory, const char *name) {
         return s;
     }
     const char *index_path = path_of("%s/%s.safetensors.index.json", directory, name);
-    CHECK(file_exists(index_path), "%s holds neither %s.safetensors nor %s.safetensors.index.json", directory, name, name);
+    const char *pickle = path_of("%s/pytorch_model.bin", directory);
+    bool pickled = file_exists(pickle) || file_exists(path_of("%s.index.json", pickle));
+    CHECK(file_exists(index_path), "%s holds neither %s.safetensors nor %s.safetensors.index.json%s", directory, name, name,
+          pickled ? "; load and save_pretrained its pytorch_model.bin once with transformers, which writes them" : "");
     Json *index = read_json(index_path);
     const Json *map = json_get(index, "weight_map");
     CHECK(map && map->type == JSON_OBJECT, "%s lacks \"weight_map\"", index_path);
@@ -1277,7 +1683,7 @@ void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, 
         const char *own = v1_names ? t->name_v1 : t->name;
         snprintf(name, sizeof name, "%s%s", prefix, own);
         StoredTensor *stored = safetensors_find(s, name);
-        CHECK(stored, "%s: tensor %s is missing; the weights don't belong to this config.json", from, name);
+        CHECK(stored, "%s: tensor %s is missing; these weights don't belong to this model", from, name);
         size_t rows = 0, elements = 0;                           // of all lines of the table that share the stored tensor
         for (int j = 0; j < table->count; j++) {
             const TensorInfo *other = &table->list[j];
@@ -1287,7 +1693,7 @@ void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, 
                                  : stored->num_dims == 2 && stored->shape[0] == rows && stored->shape[1] == t->cols;
         char found[64], needed[64];
         CHECK(stored->num_dims <= 2, "%s: tensor %s has %d dimensions, at most 2 were expected", from, name, stored->num_dims);
-        CHECK(fits, "%s: tensor %s has shape %s, config.json needs %s", from, name,
+        CHECK(fits, "%s: tensor %s has shape %s, the model needs %s", from, name,
               shape_text(found, stored->num_dims == 1, stored->shape[0], stored->num_dims == 1 ? 1 : stored->shape[1]),
               shape_text(needed, t->is_vector, t->is_vector ? elements : rows, t->is_vector ? 1 : t->cols));
         read_elements(stored, memory + t->offset, t->rows * t->cols);
@@ -1445,23 +1851,117 @@ void config_save(const Config *c, const char *path, Dtype dtype, int end_id) {
             c->qkv_bias ? "true" : "false");
     fprintf(f, "  \"tie_word_embeddings\": %s,\n  \"initializer_range\": 0.02,\n  \"use_cache\": true,\n  \"torch_dtype\": \"%s\",\n",
             c->tied ? "true" : "false", dtype_name);
-    fprintf(f, "  \"eos_token_id\": %d\n}\n", end_id);
+    if (end_id < 0) fprintf(f, "  \"eos_token_id\": null\n}\n");
+    else fprintf(f, "  \"eos_token_id\": %d\n}\n", end_id);
     close_file(f, path);
 }
 
-// Weights of a Hugging Face directory, in fp32, whatever they are stored in.
-void model_load(Model *m, const char *directory) {
-    bool v1;
-    Config c = config_load(path_of("%s/config.json", directory), &v1);
-    if (!m->params_memory) model_alloc(m, &c);
-    StoredTensors stored = safetensors_open(directory, "model");
-    load_tensors(&stored, directory, &m->table, m->params_memory, "", v1);
+// A hash of all weights, whatever the number of threads.
+uint64_t weights_fingerprint(const Model *m) {
+    uint64_t sum = 0;
+    #pragma omp parallel for reduction(+:sum)
+    for (size_t i = 0; i < m->table.num_params; i++) sum += mix64(mix64(i) ^ float_bits(m->params_memory[i]));
+    return sum;
+}
+
+// A LoRA adapter is a directory as PEFT writes it: adapter_config.json, which names the model that it belongs to, and
+// adapter_model.safetensors. It may stand wherever a model's directory may, and means that model with the adapter merged.
+bool is_adapter(const char *directory) {
+    return file_exists(path_of("%s/adapter_config.json", directory)) && !file_exists(path_of("%s/config.json", directory));
+}
+
+// Its base model's directory, and its options. What this program cannot merge is refused by its key.
+const char *adapter_config(const char *directory, LoraOptions *options) {
+    const char *path = path_of("%s/adapter_config.json", directory);
+    Json *json = read_json(path);
+    const Json *type = json_get(json, "peft_type"), *base = json_get(json, "base_model_name_or_path");
+    const Json *names = json_get(json, "target_modules");
+    CHECK(type && type->type == JSON_STRING && strcmp(type->text, "LORA") == 0, "%s: \"peft_type\" is not LORA", path);
+    CHECK(base && base->type == JSON_STRING, "%s lacks \"base_model_name_or_path\"", path);
+    CHECK(file_exists(path_of("%s/config.json", base->text)), "%s: \"base_model_name_or_path\" is %s, but there is no model of that name "
+          "here; write the directory of the base model there", path, base->text);
+    static const char *const unknown[] = {"use_rslora", "use_dora", "fan_in_fan_out", "use_qalora", "lora_bias", NULL};
+    for (int i = 0; unknown[i]; i++)
+        CHECK(!config_true(json, path, unknown[i]), "%s: \"%s\" is true; it is not supported", path, unknown[i]);
+    static const char *const lists[] = {"modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "target_parameters",
+                                        NULL};
+    for (int i = 0; lists[i]; i++) {
+        const Json *list = json_get(json, lists[i]);
+        CHECK(!list || !list->child, "%s: \"%s\" is not empty; it is not supported", path, lists[i]);
+    }
+    options->rank = (int)config_whole(json, path, "r", 1, MOST_LORA_RANK), options->alpha = (float)config_number(json, path, "lora_alpha");
+    options->targets = 0;
+    CHECK(names && names->type == JSON_ARRAY, "%s: \"target_modules\" should be a list", path);
+    for (const Json *name = names->child; name; name = name->next) {
+        int i = 0;
+        while (i < NUM_LORA_TARGETS && name->type == JSON_STRING && strcmp(LORA_TARGETS[i], name->text) != 0) i++;
+        CHECK(name->type == JSON_STRING && i < NUM_LORA_TARGETS, "%s: \"target_modules\" holds %s, which is not supported", path,
+              name->text ? name->text : "what is no name");
+        options->targets |= 1u << i;
+    }
+    return base->text;
+}
+const char *base_directory(const char *directory) {
+    LoraOptions options;
+    return is_adapter(directory) ? adapter_config(directory, &options) : directory;
+}
+Config model_config(const char *directory, bool *v1_names) {
+    return config_load(path_of("%s/config.json", base_directory(directory)), v1_names);
+}
+
+void adapter_save(const Model *m, const char *base, const char *directory) {
+    const LoraOptions *o = &m->lora->options;
+    const char *path = path_of("%s/adapter_config.json", directory);
+    FILE *f = create_file(path);
+    fprintf(f, "{\n  \"peft_type\": \"LORA\",\n  \"task_type\": \"CAUSAL_LM\",\n  \"base_model_name_or_path\": ");
+    json_write_string(f, base, strlen(base));
+    fprintf(f, ",\n  \"r\": %d,\n  \"lora_alpha\": %.9g,\n  \"lora_dropout\": 0.0,\n  \"bias\": \"none\",\n", o->rank, (double)o->alpha);
+    fprintf(f, "  \"target_modules\": [");
+    for (int i = 0, some = 0; i < NUM_LORA_TARGETS; i++)
+        if (o->targets >> i & 1) fprintf(f, "%s\"%s\"", some++ ? ", " : "", LORA_TARGETS[i]);
+    fprintf(f, "],\n  \"fan_in_fan_out\": false,\n  \"use_rslora\": false,\n  \"use_dora\": false,\n  \"modules_to_save\": null,\n"
+               "  \"init_lora_weights\": true,\n  \"inference_mode\": true\n}\n");
+    close_file(f, path);
+    Block block = {"", m->lora->memory};
+    const TensorTable *t = &m->lora->table;
+    write_safetensors(path_of("%s/adapter_model.safetensors", directory), t, 0, t->count, &block, 1, F32);
+}
+
+// Into m->lora, of a model with the base's weights. A run of this program left a fingerprint of the base beside the adapter.
+void adapter_load(Model *m, const char *directory) {
+    const char *path = path_of("%s/trainer.json", directory);
+    Json *json = file_exists(path) ? read_json(path) : NULL;
+    const Json *wanted = json ? json_get(json, "base_model") : NULL;
+    CHECK(!wanted || wanted->type != JSON_STRING || strtoull(wanted->text, NULL, 16) == weights_fingerprint(m),
+          "the adapter %s was trained on another base than %s now is", directory, base_directory(directory));
+    json_free(json);
+    StoredTensors stored = safetensors_open(directory, "adapter_model");
+    load_tensors(&stored, directory, &m->lora->table, m->lora->memory, "", false);
     safetensors_close(&stored);
 }
 
-// model.safetensors, or above 5 GB several files and their index, as transformers writes them.
+// Weights of a Hugging Face directory, in fp32, whatever they are stored in; an adapter's are merged.
+void model_load(Model *m, const char *directory) {
+    bool v1;
+    LoraOptions adapter;
+    const char *base = is_adapter(directory) ? adapter_config(directory, &adapter) : directory;
+    Config c = config_load(path_of("%s/config.json", base), &v1);
+    if (!m->params_memory) model_alloc(m, &c);
+    StoredTensors stored = safetensors_open(base, "model");
+    load_tensors(&stored, base, &m->table, m->params_memory, "", v1);
+    safetensors_close(&stored);
+    if (base == directory) return;
+    lora_attach(m, &adapter, 0);
+    adapter_load(m, directory);
+    lora_merge(m);
+    lora_free(m->lora), free(m->lora);
+    m->lora = NULL;
+}
+
+// model.safetensors, or above 5 GB several files and their index, as transformers writes them. (A variable, because tests make it small.)
+static size_t largest_file_bytes = 5000000000u;
 void model_save(const Model *m, const char *directory, Dtype dtype) {
-    const size_t most = 5000000000u;
+    const size_t most = largest_file_bytes;
     const TensorTable *t = &m->table;
     Block block = {"", m->params_memory};
     if (t->num_params * dtype_bytes(dtype) <= most) {
@@ -1499,24 +1999,26 @@ void model_save(const Model *m, const char *directory, Dtype dtype) {
 // Below are the CPU's answers. train_qwen.cu defines QWEN_GPU and gives the GPU's. On both, params_memory, m_memory and v_memory of a
 // Model are the host's, which load and save them.
 
-// What a training run needs, in bytes: weights (with their fp32 masters), gradients, AdamW's moments, activations.
+// What a training run needs, in bytes: weights (with their fp32 masters, or with LoRA the adapted matrices' bases), gradients, AdamW's
+// moments, activations. LoRA of rank 0 is none.
 typedef struct { double weights, gradients, moments, activations; } MemoryPlan;
-MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute);
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute, const LoraOptions *lora);
 double machine_memory(void);                     // bytes that the machine has, 0: unknown
 double machine_peak_flops(void);                 // what "% of peak" refers to
 const char *machine_text(void);                  // one line about it
 
-// Room for micro-batches of (B, T), updates of `rows` rows and sequences of `positions` tokens. Takes over the host's weights, and with
-// TRAIN its moments.
+// Room for micro-batches of (B, T), updates of `rows` rows and sequences of `positions` tokens. Takes over the host's weights, with TRAIN
+// its moments, and with m->lora the adapters and theirs, merging them.
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass);
 void machine_close(Model *m);                    // frees all of the model, the host's part too
-void machine_download(Model *m);                 // brings weights and moments back to the host
+void machine_download(Model *m);                 // brings weights and moments back to the host, with LoRA those of the adapters
 
-// One update from `rows` rows (micro-batches of m->B each) that have `targets` targets in all: forward, backward, clip, AdamW. Every
-// target counts the same in whatever micro-batch it is. A loss or norm that is not finite changes nothing.
+// One update from `rows` rows (micro-batches of m->B each) that have `targets` targets in all, or pairs in DPO: forward, backward, clip,
+// AdamW. Every target counts the same in whatever micro-batch it is. A loss or norm that is not finite changes nothing.
+// With m->dpo, both functions overwrite the batch's weights, and add to m->dpo->seen.
 typedef struct { double loss, norm; } Update;
 Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step);
-double machine_loss(Model *m, const Batch *batch, int B, int T);                     // sum of weight * loss
+double machine_loss(Model *m, const Batch *batch, int B, int T);                     // sum of weight * loss, in DPO of the pairs' losses
 
 void machine_rewind(Model *m, int length);       // back to the first `length` tokens of the sequence; 0: a new one, of at most m->positions
 float *machine_decode(Model *m, const int *tokens, int count);                       // appends to it: the logits (V) after the last token
@@ -1524,10 +2026,17 @@ float *machine_decode(Model *m, const int *tokens, int count);                  
 #ifndef QWEN_GPU
 #define PROGRAM "train_qwen"
 #define PRECISION "fp32"
-MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute, const LoraOptions *options) {
     TensorTable table = tensor_table(c);
     double weights = 4.0 * (double)table.num_params;
     MemoryPlan plan = {weights, weights, 2 * weights, 4.0 * (double)activations_floats(c, B, T, recompute, true)};
+    if (options->rank > 0) {
+        Lora lora = lora_layout(c, &table, options);
+        double adapters = 4.0 * (double)lora.table.num_params;
+        plan.weights += 4.0 * (double)lora.base_floats + adapters;
+        plan.gradients = 4.0 * (double)layer_floats(&table) + adapters, plan.moments = 2 * adapters;
+        lora_free(&lora);
+    }
     free(table.list);
     return plan;
 }
@@ -1554,7 +2063,7 @@ double machine_peak_flops(void) {
         memset(a, 0, sizeof(float) * MR * KC), memset(b, 0, sizeof(float) * NR * KC), memset(c, 0, sizeof(float) * MR * NR);
         for (int run = 0; run < 10; run++) {
             double begin = now_s();
-            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, view(a, 1, MR), b, KC, MR, NR, ACCUMULATE);
+            for (int i = 0; i < 2000; i++) micro_kernel(c, NR, a, b, KC, MR, NR, ACCUMULATE);
             double rate = 2000.0 * 2 * MR * NR * KC / (now_s() - begin);
             if (rate > best) best = rate;
         }
@@ -1566,6 +2075,7 @@ double machine_peak_flops(void) {
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass) {
     (void)rows;                                                  // only micro-batches need room here
     model_alloc_run(m, B, T, positions, recompute, pass);
+    if (m->lora) lora_merge(m);
 }
 void machine_close(Model *m) { model_free(m); }
 void machine_download(Model *m) { (void)m; }
@@ -1576,16 +2086,20 @@ Update machine_update(Model *m, const Batch *batch, int rows, double targets, co
         Batch micro = batch_from(batch, i, m->T);
         u.loss += model_loss(m, &micro, m->B, m->T, (float)(1.0 / targets), TRAIN) / targets;
     }
-    u.norm = gradient_norm(m->grads_memory, m->table.num_params);
+    u.norm = gradient_norm(trained(m).grads, trained(m).table->num_params);
     if (!isfinite(u.loss) || !isfinite(u.norm)) return u;
     adamw_step(m, adamw, clip > 0 && u.norm > clip ? (float)(clip / (u.norm + 1e-6)) : 1.0f, step);
+    if (m->lora) lora_merge(m);
     return u;
 }
 double machine_loss(Model *m, const Batch *batch, int B, int T) { return model_loss(m, batch, B, T, 0, EVALUATE); }
 
 void machine_rewind(Model *m, int length) {
     const Config *c = &m->config;
-    if (m->cache.capacity != m->positions) cache_free(&m->cache), m->cache = cache_alloc(c->L, c->NKV, c->HD, m->positions);
+    if (m->cache.capacity != m->positions) {                     // the first time
+        cache_free(&m->cache), m->cache = cache_alloc(c->L, c->NKV, c->HD, m->positions);
+        if (!m->grads_memory && !m->lora) half_weights_make(m->params_memory, m->table.num_params);
+    }
     assert(length <= m->cache.length);
     m->cache.length = length;
 }
@@ -1851,32 +2365,32 @@ int parse_options(const Option *table, unsigned command, int argc, char **argv, 
     return num_words;
 }
 
-enum { COMMAND_TRAIN = 1, COMMAND_GENERATE = 2, COMMAND_INFO = 4 };
+enum { COMMAND_TRAIN = 1, COMMAND_GENERATE = 2, COMMAND_INFO = 4, COMMAND_EXPORT = 8 };
 typedef enum { AUTO, ON, OFF } OnOff;
 static const char *const ON_OFF_NAMES[] = {"auto", "on", "off", NULL};
 static const char *const SAVE_DTYPES[] = {"fp32", "bf16", NULL};         // in the order of Dtype
 static const char *const RECOMPUTE_NAMES[] = {"0", "1", "2", NULL};      // in the order of Recompute
-static const char *const TRAIN_TASKS[] = {"pretrain", "sft", NULL};      // in the order of Task
+static const char *const TRAIN_TASKS[] = {"pretrain", "sft", "dpo", NULL};       // in the order of Task
 
 // 0 or "" where a comment says auto: resolve_options replaces it by what fits the model and the data.
 static struct {
-    const char *model, *data, *val, *out, *prompt;
+    const char *model, *data, *val, *out, *prompt, *lora_targets;
     int task, schedule, save_dtype, doc_mask, recompute;
     long steps, epochs, batch, seq, accum, total_batch;
     long warmup, eval_every, eval_tokens, sample_every, save_every, keep, seed, log_every;
-    long max_tokens, top_k;
+    long max_tokens, top_k, lora_rank;
     double lr, min_lr, weight_decay, clip;
-    double beta1, beta2, eps;
+    double beta1, beta2, eps, beta, label_smoothing, lora_alpha;
     double temperature, top_p, min_p, repetition_penalty;
     bool resume, greedy, ids, json;
 } opt = {                            // the defaults, line by line
-    "", "", "", "out", "",
+    "", "", "", "out", "", "all",
     TASK_PRETRAIN, COSINE, F32, AUTO, KEEP_ALL,
     0, 1, 2, 128, 1, 0,
     -1, 1000, 65536, 1000, 0, 2, 1337, 50,
-    128, 0,
+    128, 0, 0,
     0, 0.1, 0.1, 1.0,
-    0.9, 0.99, 1e-8,
+    0.9, 0.99, 1e-8, 0.1, 0, 0,
     0.7, 0.9, 0, 1,
     false, false, false, false,
 };
@@ -1899,11 +2413,12 @@ Sampler sampler_of_options(void) {
 #define T_ COMMAND_TRAIN
 #define G_ COMMAND_GENERATE
 #define I_ COMMAND_INFO
+#define E_ COMMAND_EXPORT
 static const Option OPTIONS[] = {
-    {"model",        T_|G_|I_, OPTION_STRING, &opt.model,        0, NULL, "a preset, a Hugging Face directory, or a run's directory"},
+    {"model",        T_|G_|I_|E_, OPTION_STRING, &opt.model,        0, NULL, "a preset, a Hugging Face directory, or a run's directory"},
     {"data",         T_,       OPTION_STRING, &opt.data,         0, NULL, "training tokens: a file, 'pattern*.bin', or a directory"},
     {"val",          T_,       OPTION_STRING, &opt.val,          0, NULL, "validation tokens; default: val*.bin in the directory --data"},
-    {"out",          T_,       OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs go into this directory"},
+    {"out",          T_|E_,    OPTION_STRING, &opt.out,          0, NULL, "checkpoints and logs, or the exported model, go here"},
     {"task",         T_,       OPTION_CHOICE, &opt.task,         0, TRAIN_TASKS, "what the data was prepared for"},
     {"steps",        T_,       OPTION_INT,    &opt.steps,        0, NULL, "updates; 0: as many as --epochs have"},
     {"epochs",       T_,       OPTION_INT,    &opt.epochs,       1, NULL, "passes over the data"},
@@ -1911,7 +2426,7 @@ static const Option OPTIONS[] = {
     {"seq",          T_|I_,    OPTION_INT,    &opt.seq,          1, NULL, "tokens of a row"},
     {"accum",        T_,       OPTION_INT,    &opt.accum,        1, NULL, "micro-batches of an update (gradient accumulation)"},
     {"total-batch",  T_,       OPTION_INT,    &opt.total_batch,  0, NULL, "tokens of an update; sets --accum; 0: use --accum"},
-    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 2.5e-3 for tiny, 1e-5 for a checkpoint, or 1e-4"},
+    {"lr",           T_,       OPTION_FLOAT,  &opt.lr,           0, NULL, "peak rate; 0: 1e-4, tiny 2.5e-3, checkpoints 1e-5, dpo 1e-6, lora x 10"},
     {"schedule",     T_,       OPTION_CHOICE, &opt.schedule,     0, SCHEDULE_NAMES, "how the rate falls after warm-up"},
     {"warmup",       T_,       OPTION_INT,    &opt.warmup,      -1, NULL, "updates over which the rate rises; -1: 5 %, at most 1000"},
     {"min-lr",       T_,       OPTION_FLOAT,  &opt.min_lr,       0, NULL, "the last update's rate as a fraction of --lr"},
@@ -1920,14 +2435,19 @@ static const Option OPTIONS[] = {
     {"beta2",        T_,       OPTION_FLOAT,  &opt.beta2,        0, NULL, "AdamW's mean of their squares"},
     {"eps",          T_,       OPTION_FLOAT,  &opt.eps,          0, NULL, "AdamW's epsilon"},
     {"clip",         T_,       OPTION_FLOAT,  &opt.clip,         0, NULL, "largest norm of the gradient; 0: no clipping"},
-    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: only in SFT"},
+    {"beta",         T_,       OPTION_FLOAT,  &opt.beta,         0, NULL, "dpo: how closely the model is held to the reference"},
+    {"label-smoothing", T_,    OPTION_FLOAT,  &opt.label_smoothing, 0, NULL, "dpo: share of pairs that may be labelled wrongly"},
+    {"lora-rank",    T_|I_,    OPTION_INT,    &opt.lora_rank,    0, NULL, "train only adapters of this rank; 0: train everything"},
+    {"lora-alpha",   T_|I_,    OPTION_FLOAT,  &opt.lora_alpha,   0, NULL, "adapters count alpha / rank; 0: twice the rank"},
+    {"lora-targets", T_|I_,    OPTION_STRING, &opt.lora_targets, 0, NULL, "what has adapters: all, or some of q_proj,k_proj,...,down_proj"},
+    {"doc-mask",     T_,       OPTION_CHOICE, &opt.doc_mask,     0, ON_OFF_NAMES, "attention ends at document borders; auto: sft, dpo"},
     {"recompute",    T_|I_,    OPTION_CHOICE, &opt.recompute,    0, RECOMPUTE_NAMES, "0 keeps all, 1 no norms and SwiGLU, 2 layer inputs"},
     {"eval-every",   T_,       OPTION_INT,    &opt.eval_every,   0, NULL, "validate every so many updates, and at the end; 0: only there"},
     {"eval-tokens",  T_,       OPTION_INT,    &opt.eval_tokens,  1, NULL, "at most so many tokens of the validation data"},
     {"sample-every", T_,       OPTION_INT,    &opt.sample_every, 0, NULL, "print a sample every so many updates; 0: never"},
     {"save-every",   T_,       OPTION_INT,    &opt.save_every,   0, NULL, "save every so many updates, and at the end; 0: only there"},
     {"keep",         T_,       OPTION_INT,    &opt.keep,         0, NULL, "checkpoints to keep; the oldest are deleted; 0: keep all"},
-    {"save-dtype",   T_,       OPTION_CHOICE, &opt.save_dtype,   0, SAVE_DTYPES, "number format of saved weights"},
+    {"save-dtype",   T_|E_,    OPTION_CHOICE, &opt.save_dtype,   0, SAVE_DTYPES, "number format of saved weights"},
     {"resume",       T_,       OPTION_FLAG,   &opt.resume,       0, NULL, "go on from the newest checkpoint in --out"},
     {"log-every",    T_,       OPTION_INT,    &opt.log_every,    1, NULL, "print their mean loss every so many updates; log.jsonl has all"},
     {"prompt",       G_,       OPTION_STRING, &opt.prompt,       0, NULL, "text to continue; <|im_start|> is special; default: stdin"},
@@ -2049,7 +2569,7 @@ const char *newest_checkpoint(const char *out) {
 
 // A directory that holds a model: `path` itself, or the newest checkpoint of the run `path`. NULL if neither.
 const char *find_checkpoint(const char *path) {
-    return file_exists(path_of("%s/config.json", path)) ? path : newest_checkpoint(path);
+    return file_exists(path_of("%s/config.json", path)) || is_adapter(path) ? path : newest_checkpoint(path);
 }
 
 void delete_directory(const char *path) {                        // and the files in it; ours hold no directories
@@ -2073,19 +2593,29 @@ void make_directory(const char *path) {                          // and the ones
 typedef struct {
     Model model;
     Tokenizer *tokenizer;
+    const char *tokenizer_files;     // the directory that it comes from, if it has come with the model
     Loader train, val;
     bool has_val;
+    Dpo dpo;                         // --task dpo; the arrays are reference of training and validation data
+    double *train_reference, *val_reference;
+    uint64_t reference_model;        // fingerprint of the reference model's weights
+    const char *base;                // LoRA: the directory of the base model
+    uint64_t base_model;             // and the fingerprint of its weights
     Log log;
-    long step, steps;             // updates done, updates in all
+    long step, steps;                // updates done, updates in all
     uint64_t position;               // rows of the training data used so far
     double loss_sum, loss_count;     // of the updates since the last printed line
+    Preferences preferences;         // likewise
     char last_saved[4096];
 } Run;
 
 void trainer_json(const Run *run, const char *path) {
     FILE *f = create_file(path);
     fprintf(f, "{\n  \"step\": %ld,\n  \"steps\": %ld,\n  \"position\": %" PRIu64 ",\n", run->step, run->steps, run->position);
-    fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n  \"options\": {", run->train.fingerprint);
+    fprintf(f, "  \"data_fingerprint\": \"%016" PRIx64 "\",\n", run->train.fingerprint);
+    if (opt.task == TASK_DPO) fprintf(f, "  \"reference_model\": \"%016" PRIx64 "\",\n", run->reference_model);
+    if (run->model.lora) fprintf(f, "  \"base_model\": \"%016" PRIx64 "\",\n", run->base_model);
+    fprintf(f, "  \"options\": {");
     bool first = true;
     for (const Option *o = OPTIONS; o->name; o++) {
         char text[4096];
@@ -2099,7 +2629,45 @@ void trainer_json(const Run *run, const char *path) {
     close_file(f, path);
 }
 
-// out/step_NNNNNNNN, a Hugging Face directory with AdamW's moments (and fp32 weights, if the saved ones are bf16) and trainer.json beside.
+// Tokenizer files for transformers. Those of the directory `from` are taken as they are, so that a model keeps its chat template; where it
+// has none (NULL, or Qwen v1's qwen.tiktoken, which needs code of its own) they are made from t.
+void save_tokenizer(const Tokenizer *t, const char *from, const char *to) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+                                        "special_tokens_map.json", "chat_template.jinja", NULL};
+    bool whole = from && file_exists(path_of("%s/%s", from, names[1])) &&
+                 (file_exists(path_of("%s/%s", from, names[0])) || file_exists(path_of("%s/%s", from, names[2])));
+    if (!whole) tokenizer_save_hf(t, to);
+    for (int i = 0; whole && names[i]; i++) {
+        const char *path = path_of("%s/%s", from, names[i]);
+        if (!file_exists(path)) continue;
+        size_t size;
+        char *data = read_file(path, &size);
+        path = path_of("%s/%s", to, names[i]);
+        FILE *f = create_file(path);
+        fwrite(data, 1, size, f);
+        close_file(f, path);
+        free(data);
+    }
+}
+
+// Configuration, weights and tokenizer for transformers. t may be NULL: no tokenizer.
+void save_model(const Model *m, const Tokenizer *t, const char *tokenizer_from, int end_id, const char *to, Dtype dtype) {
+    config_save(&m->config, path_of("%s/config.json", to), dtype, end_id);
+    if (t) {
+        const char *path = path_of("%s/generation_config.json", to);
+        FILE *f = create_file(path);
+        fprintf(f,
+                "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n"
+                "  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
+                t->im_end, t->endoftext, t->endoftext, opt.temperature, opt.top_p);
+        close_file(f, path);
+        save_tokenizer(t, tokenizer_from, to);
+    }
+    model_save(m, to, dtype);
+}
+
+// out/step_NNNNNNNN, a Hugging Face directory (with LoRA an adapter's), and beside it AdamW's moments (and fp32 weights, if the saved ones
+// are bf16) and trainer.json.
 // It is written under another name, flushed to the disk and renamed: a kill or a full disk leaves the checkpoints before it whole.
 void save_checkpoint(Run *run) {
     Model *m = &run->model;
@@ -2108,24 +2676,22 @@ void save_checkpoint(Run *run) {
     snprintf(final, sizeof final, "%s/step_%08ld", opt.out, run->step);
     if (strcmp(final, run->last_saved) == 0) return;
     machine_download(m);
-    CHECK(isfinite(gradient_norm(m->params_memory, m->table.num_params)), "the weights are not finite after update %ld; not saved. "
+    Trained t = trained(m);
+    CHECK(isfinite(gradient_norm(t.params, t.table->num_params)), "the weights are not finite after update %ld; not saved. "
           "Last checkpoint: %s", run->step, run->last_saved[0] ? run->last_saved : "none");
     snprintf(unfinished, sizeof unfinished, "%s/unfinished", opt.out);
     delete_directory(unfinished);
     make_directory(unfinished);
-    int end_id = (int)run->train.shards[0].header->end_id;
-    config_save(&m->config, path_of("%s/config.json", unfinished), dtype, end_id);
-    const char *path = path_of("%s/generation_config.json", unfinished);
-    FILE *f = create_file(path);
-    fprintf(f,
-            "{\n  \"eos_token_id\": [%d, %d],\n  \"pad_token_id\": %d,\n  \"do_sample\": true,\n"
-            "  \"temperature\": %g,\n  \"top_p\": %g\n}\n",
-            run->tokenizer->im_end, run->tokenizer->endoftext, run->tokenizer->endoftext, opt.temperature, opt.top_p);
-    close_file(f, path);
-    tokenizer_save_hf(run->tokenizer, unfinished);
-    model_save(m, unfinished, dtype);
-    Block blocks[] = {{"m.", m->m_memory}, {"v.", m->v_memory}, {"master.", m->params_memory}};
-    write_safetensors(path_of("%s/optimizer.safetensors", unfinished), &m->table, 0, m->table.count, blocks, dtype == F32 ? 2 : 3, F32);
+    const char *tokenizer_from = run->last_saved[0] ? run->last_saved : run->tokenizer_files;
+    if (m->lora) {
+        adapter_save(m, run->base, unfinished);
+        save_tokenizer(run->tokenizer, tokenizer_from, unfinished);
+    } else {
+        save_model(m, run->tokenizer, tokenizer_from, (int)run->train.shards[0].header->end_id, unfinished, dtype);
+    }
+    Block blocks[] = {{"m.", t.m}, {"v.", t.v}, {"master.", t.params}};
+    bool is_exact = m->lora || dtype == F32;
+    write_safetensors(path_of("%s/optimizer.safetensors", unfinished), t.table, 0, t.table->count, blocks, is_exact ? 2 : 3, F32);
     trainer_json(run, path_of("%s/trainer.json", unfinished));
     sync_directory(unfinished);
     delete_directory(final);                                     // only there if this step is reached a second time
@@ -2143,8 +2709,9 @@ void resume_checkpoint(Run *run, const char *from) {
     const char *path = path_of("%s/trainer.json", from);
     Json *json = read_json(path);
     StoredTensors stored = safetensors_open(from, "optimizer");
-    load_tensors(&stored, from, &m->table, m->m_memory, "m.", false);
-    load_tensors(&stored, from, &m->table, m->v_memory, "v.", false);
+    Trained t = trained(m);
+    load_tensors(&stored, from, t.table, t.m, "m.", false);
+    load_tensors(&stored, from, t.table, t.v, "v.", false);
     char master[128];
     snprintf(master, sizeof master, "master.%s", m->table.list[0].name);
     if (safetensors_find(&stored, master)) load_tensors(&stored, from, &m->table, m->params_memory, "master.", false);
@@ -2152,8 +2719,12 @@ void resume_checkpoint(Run *run, const char *from) {
     run->step = (long)config_whole(json, path, "step", 1, INT32_MAX);
     run->position = (uint64_t)config_whole(json, path, "position", 0, 9e15);
     const Json *print = json_get(json, "data_fingerprint"), *options = json_get(json, "options");
+    const Json *reference = json_get(json, "reference_model");
     char fingerprint[32];
     snprintf(fingerprint, sizeof fingerprint, "%016" PRIx64, run->train.fingerprint);
+    CHECK((opt.task == TASK_DPO) == (reference != NULL),
+          "%s comes from another --task; to go on with this one, start from its weights: --model %s", from, from);
+    if (reference && reference->type == JSON_STRING) run->reference_model = strtoull(reference->text, NULL, 16);
     CHECK(print && print->type == JSON_STRING && strcmp(print->text, fingerprint) == 0,
           "%s was trained on other data than %s; to go on with other data, start from its weights: --model %s", from, opt.data, from);
     for (const Option *o = OPTIONS; o->name; o++) {
@@ -2169,6 +2740,87 @@ void resume_checkpoint(Run *run, const char *from) {
     printf("resumed %s at update %ld\n", from, run->step);
 }
 
+// DPO's reference model is the one that training begins with, and all that is needed of it is log p of every answer. This is computed once
+// and kept in a file beside the data, so that no second model stays in memory and the next run with the same model and data begins at
+// once. The file is named by all that its numbers depend on.
+typedef struct { char magic[8]; uint64_t model, data, documents, T, checksum; char precision[8]; } ReferenceHeader;
+
+// The numbers in the file `path` if they are those that `wanted` names, else NULL.
+double *reference_read(const char *path, ReferenceHeader wanted) {
+    if (!file_exists(path)) return NULL;
+    size_t size, bytes = wanted.documents * sizeof(double);
+    char *data = read_file(path, &size);
+    double *log_p = (double *)xmalloc(bytes);
+    bool fits = size == sizeof wanted + bytes;
+    if (fits) {
+        memcpy(log_p, data + sizeof wanted, bytes);
+        wanted.checksum = fnv1a(FNV_START, data + sizeof wanted, bytes);
+        fits = memcmp(data, &wanted, sizeof wanted) == 0;
+    }
+    free(data);
+    if (fits) return log_p;
+    printf("note: %s is damaged, or of another model or other data; computing it again\n", path);
+    free(log_p);
+    return NULL;
+}
+
+double *reference_compute(Run *run, const Loader *l) {
+    Model *m = &run->model;
+    Batch batch;
+    batch_alloc(&batch, m->B, m->T);
+    run->dpo.measuring = true;
+    run->dpo.reference = (double *)xmalloc(l->num_documents * sizeof(double));
+    double last_line = now_s();
+    for (uint64_t row = 0; row < l->num_rows; row += (uint64_t)m->B) {
+        CHECK(!stop_requested, "stopped by a signal while the reference model's log-probabilities were computed; nothing was trained yet");
+        int B = l->num_rows - row < (uint64_t)m->B ? (int)(l->num_rows - row) : m->B;
+        loader_rows(l, row, B, &batch);
+        machine_loss(m, &batch, B, m->T);
+        if (now_s() - last_line < 5) continue;
+        last_line = now_s();
+        printf("reference %" PRIu64 " of %" PRIu64 " rows\n", row + (uint64_t)B, l->num_rows);
+        fflush(stdout);
+    }
+    run->dpo.measuring = false;
+    batch_free(&batch);
+    for (uint64_t d = 0; d < l->num_documents; d++)
+        CHECK(isfinite(run->dpo.reference[d]), "the model gives answer %" PRIu64 " of %s a log-probability of %g; its weights are damaged",
+              d, l->shards[0].path, run->dpo.reference[d]);
+    return run->dpo.reference;
+}
+
+// Reads or computes the numbers for all documents of the loader. A resumed run's model is no longer the reference: then the file must
+// be there.
+double *reference_open(Run *run, const Loader *l) {
+    uint64_t T = l->num_cut + l->num_dropped > 0 ? (uint64_t)l->T : 0;               // where rows end matters if something is cut there
+    ReferenceHeader header = {"QWENREF", run->reference_model, l->fingerprint, l->num_documents, T, 0, PRECISION};
+    const char *slash = strrchr(l->shards[0].path, '/');
+    const char *path = path_of("%.*sreference_%016" PRIx64 ".f64", slash ? (int)(slash + 1 - l->shards[0].path) : 0, l->shards[0].path,
+                               fnv1a(FNV_START, (const char *)&header, sizeof header));
+    double *log_p = reference_read(path, header);
+    if (log_p) return printf("reference from %s\n", path), log_p;
+    CHECK(!opt.resume, "%s is gone: the reference model's log-probabilities. A fresh run with the same --model, --data, --val and --seq "
+          "and another --out makes it again; then resume", path);
+    const char *directory = path_of("%.*s", slash ? (int)(slash - l->shards[0].path) : 1, slash ? l->shards[0].path : ".");
+    CHECK(access(directory[0] ? directory : "/", W_OK) == 0, "cannot write into %s (%s), where %s is to be kept, the reference model's "
+          "log-probabilities; copy the data into a directory of yours", directory, strerror(errno), path);
+    printf("reference log-probabilities of %" PRIu64 " answers, once for this model and data: %s\n", l->num_documents, path);
+    fflush(stdout);
+    log_p = reference_compute(run, l);
+    AtomicFile a = open_atomic(path);
+    header.checksum = fnv1a(FNV_START, (const char *)log_p, l->num_documents * sizeof(double));
+    fwrite(&header, sizeof header, 1, a.file), fwrite(log_p, sizeof(double), l->num_documents, a.file);
+    close_atomic(&a);
+    return log_p;
+}
+
+void dpo_open(Run *run) {
+    run->model.dpo = &run->dpo;
+    run->dpo.beta = opt.beta, run->dpo.smoothing = opt.label_smoothing;
+    run->train_reference = reference_open(run, &run->train);
+    if (run->has_val) run->val_reference = reference_open(run, &run->val);
+}
+
 // Mean loss over the validation data, at most --eval-tokens of it. Changes nothing that training depends on.
 double evaluate(Run *run) {
     Model *m = &run->model;
@@ -2177,6 +2829,8 @@ double evaluate(Run *run) {
     Batch batch;
     batch_alloc(&batch, m->B, m->T);
     double loss = 0, counted = 0;
+    run->dpo.reference = run->val_reference;
+    memset(&run->dpo.seen, 0, sizeof run->dpo.seen);
     for (uint64_t row = 0; row < rows && !stop_requested; row += (uint64_t)m->B) {
         int B = rows - row < (uint64_t)m->B ? (int)(rows - row) : m->B;
         counted += loader_rows(&run->val, row, B, &batch);
@@ -2234,7 +2888,25 @@ Config config_of_model(const char *model, const char **checkpoint) {
     for (int i = 0; i < NUM_PRESETS; i++)
         snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", PRESETS[i].name);
     CHECK(*checkpoint, "--model %s is neither a directory with a config.json nor a preset (%s)", model, names);
-    return config_load(path_of("%s/config.json", *checkpoint), NULL);
+    return model_config(*checkpoint, NULL);
+}
+
+LoraOptions lora_options(void) {
+    LoraOptions o = {(int)opt.lora_rank, (float)(opt.lora_alpha > 0 ? opt.lora_alpha : 2.0 * (double)opt.lora_rank), 0};
+    CHECK(opt.lora_rank <= MOST_LORA_RANK, "--lora-rank is %ld, it must be at most %d", opt.lora_rank, MOST_LORA_RANK);
+    if (strcmp(opt.lora_targets, "all") == 0) o.targets = (1u << NUM_LORA_TARGETS) - 1;
+    else
+        for (const char *at = opt.lora_targets; *at;) {
+            size_t length = strcspn(at, ",");
+            int i = 0;
+            while (i < NUM_LORA_TARGETS && (strlen(LORA_TARGETS[i]) != length || strncmp(at, LORA_TARGETS[i], length) != 0)) i++;
+            CHECK(i < NUM_LORA_TARGETS, "--lora-targets: '%.*s' is none of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+                  (int)length, at);
+            o.targets |= 1u << i;
+            at += length + (at[length] == ',');
+        }
+    CHECK(o.rank == 0 || o.targets != 0, "--lora-targets is empty; there must be something to train");
+    return o;
 }
 
 // The default run makes its own data: a small corpus about Chinese geography, history, science and words (dev/data/tiny_baike).
@@ -2248,16 +2920,28 @@ void make_default_data(void) {
     CHECK(system("make -s tiny_baike") == 0 && file_exists(DEFAULT_DATA "/train.bin"), "'make tiny_baike' failed; its message is above");
 }
 
+bool has_tokenizer(const char *directory) {
+    static const char *const names[] = {"tokenizer.json", "tokenizer.bin", "qwen.tiktoken", "vocab.json", NULL};
+    for (int i = 0; names[i]; i++) if (file_exists(path_of("%s/%s", directory, names[i]))) return true;
+    return false;
+}
+
+// Special tokens are those that the directory's tokenizer names; qwen.tiktoken comes with Qwen v1, whose own are others.
+Tokenizer *model_tokenizer(const char *directory) {
+    Tokenizer *t = tokenizer_load(directory);
+    bool v1_only = !file_exists(path_of("%s/tokenizer.json", directory)) && file_exists(path_of("%s/qwen.tiktoken", directory));
+    if (v1_only) tokenizer_use_specials(t, "v1");
+    return t;
+}
+
 // The tokenizer that made the data stands beside it; else the model's own is used. All must agree.
 Tokenizer *open_tokenizer(const Shard *shard, const char *checkpoint) {
     const char *slash = strrchr(shard->path, '/');
     const char *beside = path_of("%.*stokenizer.bin", slash ? (int)(slash + 1 - shard->path) : 0, shard->path);
-    bool model_has_one =
-        checkpoint && (file_exists(path_of("%s/tokenizer.json", checkpoint)) || file_exists(path_of("%s/vocab.json", checkpoint)) ||
-                       file_exists(path_of("%s/qwen.tiktoken", checkpoint)));
+    bool model_has_one = checkpoint && has_tokenizer(checkpoint);
     const char *from = model_has_one ? checkpoint : file_exists(beside) ? beside : "dev/data/qwen.bin";
     CHECK(file_exists(from), "no tokenizer for %s: there is none beside it, none with the model, and no %s here", shard->path, from);
-    Tokenizer *t = tokenizer_load(from);
+    Tokenizer *t = model_has_one ? model_tokenizer(from) : tokenizer_load(from);
     CHECK(t->hash == shard->header->tokenizer_hash, "%s was not made with the tokenizer of %s; prepare it again, with --tokenizer %s",
           shard->path, from, from);
     if (checkpoint && !model_has_one) printf("note: %s has no tokenizer files; taking the data's for the model's\n", checkpoint);
@@ -2302,7 +2986,12 @@ void resolve_options(Run *run, bool from_checkpoint) {
     CHECK((float)opt.eps > 0, "--eps is %g; as a 32-bit number it must be above 0", opt.eps);
     CHECK(isfinite((float)opt.lr) && isfinite((float)opt.weight_decay), "--lr %g or --weight-decay %g is beyond 32-bit numbers", opt.lr,
           opt.weight_decay);
-    if (opt.lr == 0) opt.lr = from_checkpoint ? 1e-5 : strcmp(opt.model, "tiny") == 0 ? 2.5e-3 : 1e-4;
+    CHECK(opt.beta > 0, "--beta is %g, it must be above 0", opt.beta);
+    CHECK(opt.label_smoothing < 0.5, "--label-smoothing is %g, it must be below 0.5: then no label says anything", opt.label_smoothing);
+    if (opt.lr != 0) return;
+    if (strcmp(opt.model, "tiny") == 0) opt.lr = 2.5e-3;
+    else if (!from_checkpoint) opt.lr = 1e-4;
+    else opt.lr = (opt.task == TASK_DPO ? 1e-6 : 1e-5) * (opt.lora_rank > 0 ? 10 : 1);
 }
 
 // --model, --data and --val of the interrupted run, where they are not given again.
@@ -2320,10 +3009,41 @@ void resume_paths(const char *checkpoint) {
 
 // More than the machine's memory is refused at once, not killed later.
 void check_memory(const Config *c) {
-    MemoryPlan plan = machine_plan(c, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute);
+    LoraOptions lora = lora_options();
+    MemoryPlan plan = machine_plan(c, (int)opt.batch, (int)opt.seq, (Recompute)opt.recompute, &lora);
     double bytes = plan.weights + plan.gradients + plan.moments + plan.activations, machine = machine_memory();
-    CHECK(machine <= 0 || bytes < machine, "this run needs %.1f GB, the machine has %.1f; a smaller --batch or --seq, --recompute 2 or "
-          "a smaller model needs less (./" PROGRAM " info)", bytes * 1e-9, machine * 1e-9);
+    CHECK(machine <= 0 || bytes < machine, "this run needs %.1f GB, the machine has %.1f; a smaller --batch or --seq, --recompute 2, "
+          "--lora-rank 16 or a smaller model needs less (./" PROGRAM " info)", bytes * 1e-9, machine * 1e-9);
+}
+
+// With --lora-rank, or where an adapter is resumed: finds the base. A resumed adapter brings its own options.
+void run_lora(Run *run, const char *checkpoint) {
+    if (!opt.resume && opt.lora_rank == 0) return;
+    CHECK(checkpoint, "--lora-rank needs a trained model: name a checkpoint with --model");
+    if (!opt.resume) {
+        bool v1;
+        model_config(checkpoint, &v1);
+        CHECK(!is_adapter(checkpoint), "--model %s is itself an adapter; --resume goes on with it, or ./" PROGRAM " export merges it first",
+              opt.model);
+        CHECK(!v1, "--model %s is a Qwen v1 model, for which PEFT has no names; ./" PROGRAM " export makes it a qwen2 first", opt.model);
+        char *base = realpath(checkpoint, NULL);
+        CHECK(base, "%s: %s", checkpoint, strerror(errno));
+        run->base = base;
+        opt.lora_alpha = (double)lora_options().alpha;
+        return;
+    }
+    CHECK(is_adapter(checkpoint) || opt.lora_rank == 0, "%s is no adapter, but --lora-rank is given", checkpoint);
+    if (!is_adapter(checkpoint)) return;
+    LoraOptions given = lora_options(), o;
+    run->base = adapter_config(checkpoint, &o);
+    CHECK(opt.lora_rank == 0 || (given.rank == o.rank && given.alpha == o.alpha && given.targets == o.targets),
+          "%s has adapters of rank %d and alpha %g; they must stay so on --resume", checkpoint, o.rank, (double)o.alpha);
+    char targets[128] = "";
+    bool all = o.targets == (1u << NUM_LORA_TARGETS) - 1;
+    for (int i = 0; i < NUM_LORA_TARGETS && !all; i++)
+        if (o.targets >> i & 1)
+            snprintf(targets + strlen(targets), sizeof targets - strlen(targets), "%s%s", targets[0] ? "," : "", LORA_TARGETS[i]);
+    opt.lora_rank = o.rank, opt.lora_alpha = (double)o.alpha, opt.lora_targets = all ? "all" : path_of("%s", targets);
 }
 
 // Opens data, tokenizer and model; allocates; initialises, loads or resumes. Whatever can be refused is refused before memory is taken.
@@ -2338,23 +3058,34 @@ void run_open(Run *run) {
         make_default_data();
         opt.data = DEFAULT_DATA;
     }
-    Config config = opt.resume ? config_load(path_of("%s/config.json", checkpoint), NULL) : config_of_model(opt.model, &checkpoint);
+    Config config = opt.resume ? model_config(checkpoint, NULL) : config_of_model(opt.model, &checkpoint);
+    run_lora(run, checkpoint);
     CHECK(loader_find(&run->train, opt.data, "train") > 0, "--data %s: no such token files; make some with ./prepare", opt.data);
     run->tokenizer = open_tokenizer(&run->train.shards[0], checkpoint);
+    run->tokenizer_files = checkpoint;
     if (config.V == 0) config.V = (run->tokenizer->vocab_size + 63) / 64 * 64;
     CHECK(opt.seq <= config.max_T, "--seq %ld is longer than the model's %d positions", opt.seq, config.max_T);
     CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
 
     Task task = (Task)opt.task;
     bool doc_mask = opt.doc_mask == AUTO ? task != TASK_PRETRAIN : opt.doc_mask == ON;
+    CHECK(task != TASK_DPO || doc_mask, "--doc-mask off: in dpo the rejected answer would see the chosen one");
+    CHECK(task != TASK_DPO || checkpoint, "--task dpo needs a trained model: name a checkpoint with --model");
     loader_open(&run->train, task, (int)opt.seq, config.V, doc_mask, true, (uint64_t)opt.seed);
     open_val(run, task, config.V, doc_mask);
     resolve_options(run, !find_preset(opt.model));
     check_memory(&config);
     Model *m = &run->model;
     model_alloc(m, &config);
-    if (checkpoint) model_load(m, checkpoint);
+    if (checkpoint) model_load(m, run->base ? run->base : checkpoint);
     else init_params(m->params_memory, &config, &m->table, (uint64_t)opt.seed);
+    if (task == TASK_DPO && !opt.resume) run->reference_model = weights_fingerprint(m);
+    if (run->base) {
+        LoraOptions lora = lora_options();
+        run->base_model = weights_fingerprint(m);
+        lora_attach(m, &lora, (uint64_t)opt.seed);
+        if (opt.resume) adapter_load(m, checkpoint);
+    }
     model_alloc_moments(m);
     if (opt.resume) resume_checkpoint(run, checkpoint);
     CHECK(run->step < run->steps, "%s is complete: %ld updates; a larger --steps or --epochs goes on", opt.out, run->step);
@@ -2403,10 +3134,17 @@ void print_run(const Run *run) {
     const Loader *l = &run->train;
     printf("model     %s: %d layers, width %d, %d/%d heads x %d, MLP %d, vocabulary %d: %.1fM parameters\n", opt.model, c->L, c->C,
            c->NH, c->NKV, c->HD, c->I, c->V, (double)run->model.table.num_params / 1e6);
+    if (run->model.lora)
+        printf("adapters  rank %ld, alpha %g on %s: %s parameters are trained\n", opt.lora_rank, opt.lora_alpha, opt.lora_targets,
+               count_text(run->model.lora->table.num_params));
     printf("data      %s: %s tokens in %d file%s, %" PRIu64 " rows of %d", opt.data, count_text(l->num_tokens), l->num_shards,
            l->num_shards == 1 ? "" : "s", l->num_rows, l->T);
-    if (l->num_cut > 0) printf(" (%" PRIu64 " documents were longer and are cut)", l->num_cut);
     if (run->has_val) printf("; validation %s tokens", count_text(run->val.num_tokens));
+    if (l->num_cut > 0)
+        printf("\n          %" PRIu64 " documents are longer than %d tokens and are cut there", l->num_cut, document_room(l));
+    if (l->num_dropped > 0)
+        printf("\n          %" PRIu64 " %s have no answer within %d tokens and are dropped", l->num_dropped,
+               l->task == TASK_DPO ? "pairs" : "documents", document_room(l));
     printf("\nupdates   %ld of %ld tokens (--accum %ld x --batch %ld x --seq %ld); rate %g %s, warm-up %ld\n", run->steps,
            opt.accum * opt.batch * opt.seq, opt.accum, opt.batch, opt.seq, opt.lr, SCHEDULE_NAMES[opt.schedule], opt.warmup);
     printf("machine   %s\n\n", machine_text());
@@ -2430,6 +3168,8 @@ StepResult train_step(Run *run, const Batch *update) {
     r.lr = learning_rate((Schedule)opt.schedule, run->step + 1, run->steps, opt.warmup, opt.lr, opt.min_lr);
     AdamW adamw = {(float)r.lr, (float)opt.beta1, (float)opt.beta2, (float)opt.eps, (float)opt.weight_decay};
     Update u = {};
+    run->dpo.reference = run->train_reference;
+    memset(&run->dpo.seen, 0, sizeof run->dpo.seen);
     if (r.targets > 0) u = machine_update(m, update, rows, r.targets, &adamw, opt.clip, run->step + 1);
     r.loss = u.loss, r.norm = u.norm;
     if (!isfinite(r.loss) || !isfinite(r.norm))
@@ -2441,12 +3181,33 @@ StepResult train_step(Run *run, const Batch *update) {
     return r;
 }
 
+// In DPO: what validation or an update saw of its pairs, into the logs.
+void log_preferences(Run *run, const char *prefix, const char *group) {
+    const Preferences *p = &run->dpo.seen;
+    if (p->pairs == 0) return;
+    double means[] = {p->chosen / p->pairs, p->rejected / p->pairs, (p->chosen - p->rejected) / p->pairs, p->correct / p->pairs};
+    static const char *const names[] = {"reward_chosen", "reward_rejected", "margin", "accuracy"};
+    for (int i = 0; i < 4; i++) {
+        fprintf(run->log.json, ",\"%s%s\":%.9g", prefix, names[i], means[i]);
+        event_scalar(run->log.events, path_of("%s/%s", group, names[i]), run->step, means[i]);
+    }
+}
+
+const char *preferences_text(const Preferences *p) {
+    return path_of("rewards %.3f %.3f, margin %.3f, accuracy %.0f %%", p->chosen / p->pairs, p->rejected / p->pairs,
+                   (p->chosen - p->rejected) / p->pairs, 100 * p->correct / p->pairs);
+}
+
 void report_step(Run *run, const StepResult *r, double seconds, double left_s, double peak) {
     double tokens = (double)(opt.batch * opt.accum * opt.seq), per_s = tokens / seconds;
-    double percent = 100 * per_s * flops_per_token(&run->model.config, run->model.T) / peak;
+    const Config *c = &run->model.config;
+    double flops = flops_per_token(c, run->model.T) - (run->model.lora ? 2.0 * c->V * c->C : 0);         // no gradient of the head
+    double percent = 100 * per_s * flops / peak;
     fprintf(run->log.json,
-            "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"targets\":%.0f,\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", run->step,
-            r->loss, r->norm, r->lr, r->targets, seconds * 1e3, per_s);
+            "{\"step\":%ld,\"loss\":%.9g,\"norm\":%.9g,\"lr\":%.9g,\"%s\":%.0f", run->step, r->loss, r->norm, r->lr,
+            opt.task == TASK_DPO ? "pairs" : "targets", r->targets);
+    log_preferences(run, "", "train");
+    fprintf(run->log.json, ",\"ms\":%.1f,\"tokens_per_s\":%.1f}\n", seconds * 1e3, per_s);
     event_scalar(run->log.events, "train/loss", run->step, r->loss);
     event_scalar(run->log.events, "train/grad_norm", run->step, r->norm);
     event_scalar(run->log.events, "train/learning_rate", run->step, r->lr);
@@ -2454,14 +3215,19 @@ void report_step(Run *run, const StepResult *r, double seconds, double left_s, d
     log_flush(&run->log);
     if (r->targets == 0) printf("note: update %ld had no target to learn from, only prompts; nothing was changed\n", run->step);
     run->loss_sum += r->loss, run->loss_count++;
+    Preferences *mean = &run->preferences, *seen = &run->dpo.seen;
+    mean->pairs += seen->pairs, mean->chosen += seen->chosen, mean->rejected += seen->rejected, mean->correct += seen->correct;
     bool line = run->step % opt.log_every == 0 || run->step == 1 || run->step == run->steps, terminal = isatty(STDOUT_FILENO);
     if (!line && !terminal) return;
     printf("%supdate %*ld/%ld | loss %.4f | norm %6.3f | lr %.2e | ", terminal ? "\r" : "", run->steps < 1000 ? 3 : 6, run->step,
            run->steps, run->loss_sum / run->loss_count, r->norm, r->lr);
+    if (mean->pairs > 0) printf("%s | ", preferences_text(mean));
     printf("%5.0f ms | %6.0f tok/s | %2.0f %% of peak | %s left%s", seconds * 1e3, per_s, percent, time_text(left_s),
            line ? "\n" : "\033[K");
     fflush(stdout);
-    if (line) run->loss_sum = run->loss_count = 0;
+    if (!line) return;
+    run->loss_sum = run->loss_count = 0;
+    memset(mean, 0, sizeof *mean);
 }
 
 void report_val(Run *run) {
@@ -2469,11 +3235,14 @@ void report_val(Run *run) {
     double loss = evaluate(run);
     if (stop_requested) return;                                  // half a validation says nothing
     const char *terminal = isatty(STDOUT_FILENO) ? "\r\033[K" : "";
-    printf("%svalidation loss %.4f (perplexity %.2f)", terminal, loss, exp(loss));
+    if (run->dpo.seen.pairs > 0) printf("%svalidation loss %.4f, %s", terminal, loss, preferences_text(&run->dpo.seen));
+    else printf("%svalidation loss %.4f (perplexity %.2f)", terminal, loss, exp(loss));
     float bigram = run->val.shards[0].header->bigram_loss;
     if (bigram > 0) printf("; a bigram model of the training data has %.4f", bigram);
     printf("\n");
-    fprintf(run->log.json, "{\"step\":%ld,\"val_loss\":%.9g}\n", run->step, loss);
+    fprintf(run->log.json, "{\"step\":%ld,\"val_loss\":%.9g", run->step, loss);
+    log_preferences(run, "val_", "val");
+    fprintf(run->log.json, "}\n");
     event_scalar(run->log.events, "val/loss", run->step, loss);
     log_flush(&run->log);
 }
@@ -2488,7 +3257,7 @@ void print_farewell(const Run *run, double seconds) {
 #endif
     printf("\n%s in all, %.0f MB of memory at most. Try next:\n", time_text(seconds), memory_mb);
     if (run->step < run->steps) printf("  the same command with --resume                        # go on where this run stopped\n");
-    const char *prompt = opt.task == TASK_SFT ? "$'<|im_start|>user\\n你好！<|im_end|>\\n<|im_start|>assistant\\n'" : "\"长江\"";
+    const char *prompt = opt.task != TASK_PRETRAIN ? "$'<|im_start|>user\\n你好！<|im_end|>\\n<|im_start|>assistant\\n'" : "\"长江\"";
     printf("  ./" PROGRAM " generate --model %s --prompt %s        # continue a text of yours\n", opt.out, prompt);
     if (strcmp(opt.data, DEFAULT_DATA) == 0)
         printf("  ./" PROGRAM " --epochs 4 --out longer                  # train longer: the facts come later than the grammar\n");
@@ -2503,6 +3272,7 @@ void train(void) {
     run->log = log_open(opt.out, run->step);
     print_run(run);
     signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
+    if (opt.task == TASK_DPO) dpo_open(run);
     double peak = machine_peak_flops(), begin = now_s();
     long first = run->step;
     Batch update;
@@ -2526,7 +3296,7 @@ void train(void) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// SECTION 14. info, generate, main
+// SECTION 14. info, generate, export, main
 
 void print_info(void) {
     const char *checkpoint;
@@ -2538,7 +3308,10 @@ void print_info(void) {
     CHECK(opt.batch * opt.seq < INT32_MAX / 8, "--batch x --seq is %ld: too large", opt.batch * opt.seq);
     TensorTable table = tensor_table(&c);
     double flops = flops_per_token(&c, T);
-    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute);
+    LoraOptions lora = lora_options(), none = {};
+    MemoryPlan plan = machine_plan(&c, B, T, (Recompute)opt.recompute, &lora);
+    MemoryPlan all = machine_plan(&c, B, T, (Recompute)opt.recompute, &none);
+    double saved = all.weights + all.gradients + all.moments - plan.weights - plan.gradients - plan.moments;
     double fixed = plan.weights + plan.gradients + plan.moments;
     if (opt.json) {
         printf("{\"model\":");
@@ -2567,9 +3340,15 @@ void print_info(void) {
     printf("  weights     %8.3f    gradients  %8.3f    AdamW's m and v  %8.3f\n", plan.weights / 1e9, plan.gradients / 1e9,
            plan.moments / 1e9);
     for (int level = 0; level < 3; level++) {
-        double activations = machine_plan(&c, B, T, (Recompute)level).activations;
+        double activations = machine_plan(&c, B, T, (Recompute)level, &lora).activations;
         printf("  activations %8.3f    --recompute %d: %8.3f in all%s\n", activations / 1e9, level, (fixed + activations) / 1e9,
                level == opt.recompute ? "   <- chosen" : "");
+    }
+    if (lora.rank > 0) {
+        Lora l = lora_layout(&c, &table, &lora);
+        printf("adapters of rank %d on %s: %s parameters are trained, which takes %.3f GB less than to train all\n", lora.rank,
+               opt.lora_targets, count_text(l.table.num_params), saved / 1e9);
+        lora_free(&l);
     }
     free(table.list);
 }
@@ -2617,16 +3396,40 @@ void generate_text(void) {
     printf("\n");
 }
 
+// Any model that this program reads, as a directory that transformers reads without code of the model's own.
+void export_model(void) {
+    const char *checkpoint;
+    if (opt.model[0] == 0) DIE("export: name a model with --model and a new directory with --out");
+    CHECK(find_preset(opt.model) == NULL, "--model %s is a preset without weights; name a checkpoint", opt.model);
+    CHECK(!file_exists(opt.out), "--out %s exists; export writes a new directory", opt.out);
+    config_of_model(opt.model, &checkpoint);
+    Model m = {};
+    model_load(&m, checkpoint);
+    const char *tokenizer_from = has_tokenizer(checkpoint) ? checkpoint : base_directory(checkpoint);
+    Tokenizer *t = has_tokenizer(tokenizer_from) ? model_tokenizer(tokenizer_from) : NULL;
+    const char *unfinished = path_of("%s.unfinished", opt.out);
+    delete_directory(unfinished);
+    make_directory(unfinished);
+    save_model(&m, t, tokenizer_from, !t ? -1 : t->im_end >= 0 ? t->im_end : t->endoftext, unfinished, (Dtype)opt.save_dtype);
+    sync_directory(unfinished);
+    CHECK(rename(unfinished, opt.out) == 0, "cannot rename %s to %s: %s", unfinished, opt.out, strerror(errno));
+    printf("wrote %s: %.1fM parameters in %s%s\n", opt.out, (double)m.table.num_params / 1e6, SAVE_DTYPES[opt.save_dtype],
+           t ? "" : "; the model has no tokenizer files");
+}
+
 void print_help(void) {
     printf(PROGRAM " trains Qwen language models.\n\n"
            "  ./" PROGRAM " [train] [options]     train; without options a small model on a Chinese corpus\n"
            "  ./" PROGRAM " generate [options]    continue a text with a trained model\n"
-           "  ./" PROGRAM " info [options]        parameters, FLOPs, memory\n\nOptions of train (defaults in brackets):\n");
+           "  ./" PROGRAM " info [options]        parameters, FLOPs, memory\n"
+           "  ./" PROGRAM " export [options]      write a model as a Hugging Face directory\n\nOptions of train (defaults in brackets):\n");
     print_options(OPTIONS, COMMAND_TRAIN);
     printf("\nOptions of generate:\n");
     print_options(OPTIONS, COMMAND_GENERATE);
     printf("\nOptions of info:\n");
     print_options(OPTIONS, COMMAND_INFO);
+    printf("\nOptions of export:\n");
+    print_options(OPTIONS, COMMAND_EXPORT);
     printf("\nPresets:");
     for (int i = 0; i < NUM_PRESETS; i++) printf(" %s", PRESETS[i].name);
     printf("\n");
@@ -2658,8 +3461,11 @@ int main(int argc, char **argv) {
     } else if (strcmp(command, "info") == 0) {
         parse_options(OPTIONS, COMMAND_INFO, argc, argv, 2, NULL);
         print_info();
+    } else if (strcmp(command, "export") == 0) {
+        parse_options(OPTIONS, COMMAND_EXPORT, argc, argv, 2, NULL);
+        export_model();
     } else {
-        DIE("unknown command '%s'; there are train, generate and info, and --help", command);
+        DIE("unknown command '%s'; there are train, generate, info and export, and --help", command);
     }
     CHECK(fflush(stdout) == 0 && !ferror(stdout), "cannot write the output: %s", strerror(errno));
     return 0;

@@ -126,8 +126,9 @@ __device__ inline float block_max(float x) {
 }
 
 // The instructions that C++ has no words for. A warp executes each of them together.
-//    ldmatrix_xK          K matrices of 8 x 8 bf16 from shared memory: lane 8 j + i gives the address of row i of matrix j (16 bytes, aligned);
-//                         register j of lane l receives row l / 4, columns 2 (l % 4) and + 1 of matrix j, or with _trans of its transpose
+//    ldmatrix_xK          K matrices of 8 x 8 bf16 from shared memory: lane 8 j + i gives the address of row i of matrix j (16 bytes,
+//                         aligned); register j of lane l receives row l / 4, columns 2 (l % 4) and + 1 of matrix j, or with _trans of its
+//                         transpose
 //    mma_m16n8k16         d (16, 8) += a (16, 16) b (16, 8), bf16 in, fp32 out. With g = lane / 4 and t = lane % 4 a lane holds
 //                         d: [0], [1] row g, columns 2 t and + 1;  [2], [3] row g + 8
 //                         a: [0] row g, columns 2 t and + 1;  [1] row g + 8;  [2], [3] the same 8 columns further
@@ -158,11 +159,10 @@ __device__ inline void cp_async_commit(void) { asm volatile("cp.async.commit_gro
 template <int N> __device__ inline void cp_async_wait(void) { asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory"); }
 #endif
 
-// Matrix multiplication. cuBLASLt thinks in columns: our row-major (rows, cols) is its column-major (cols, rows). A plan says how one shape is
-// multiplied; making one takes the library a while, so plans are kept.
+// Matrix multiplication. cuBLASLt thinks in columns: our row-major (rows, cols) is its column-major (cols, rows). A plan says how one shape
+// is multiplied; making one takes the library a while, so plans are kept.
 typedef struct {
-    int M, N, K;
-    bool a_transposed, b_transposed, has_bias, adds, fp32_out;
+    int M, N, K, a_transposed, b_transposed, has_bias, adds, fp32_out;      // all int: no gaps, so that memcmp may compare
     int alignment;                                               // bytes, of the least aligned operand
     cublasLtMatmulDesc_t operation;
     cublasLtMatrixLayout_t a, b, d;
@@ -176,13 +176,17 @@ enum { WORKSPACE_BYTES = 32 << 20 };                             // what NVIDIA 
 void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
     const cudaDataType_t in_type = sizeof(floatX) == 4 ? CUDA_R_32F : CUDA_R_16BF, out_type = p->fp32_out ? CUDA_R_32F : in_type;
     const cublasOperation_t transpose = CUBLAS_OP_T;
-    const cublasLtEpilogue_t bias = CUBLASLT_EPILOGUE_BIAS;
+    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
     cublasCheck(cublasLtMatmulDescCreate(&p->operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
     if (p->a_transposed)
         cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSA, &transpose, sizeof transpose));
     if (p->b_transposed)
         cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_TRANSB, &transpose, sizeof transpose));
-    if (p->has_bias) cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &bias, sizeof bias));
+    if (p->has_bias) {                                           // the choice below depends on the alignment of the bias that is set now
+        const void *as_aligned = (void *)(uintptr_t)p->alignment;
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
+        cublasCheck(cublasLtMatmulDescSetAttribute(p->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &as_aligned, sizeof as_aligned));
+    }
     uint64_t a_rows = (uint64_t)(p->a_transposed ? p->K : p->M), a_cols = (uint64_t)(p->a_transposed ? p->M : p->K);
     uint64_t b_rows = (uint64_t)(p->b_transposed ? p->N : p->K), b_cols = (uint64_t)(p->b_transposed ? p->K : p->N);
     cublasCheck(cublasLtMatrixLayoutCreate(&p->a, in_type, a_rows, a_cols, lda));
@@ -191,8 +195,11 @@ void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
     cublasLtMatmulPreference_t preference;
     const size_t workspace = WORKSPACE_BYTES;
     const uint32_t alignment = (uint32_t)p->alignment;
+    const uint32_t fp32_sums = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;                         // of parts, where K is split
     cublasCheck(cublasLtMatmulPreferenceCreate(&preference));
     cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace, sizeof workspace));
+    cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &fp32_sums,
+                                                     sizeof fp32_sums));
     const cublasLtMatmulPreferenceAttributes_t operands[] = {
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES};
@@ -200,7 +207,8 @@ void gemm_plan_make(GemmPlan *p, int lda, int ldb, int ldd) {
         cublasCheck(cublasLtMatmulPreferenceSetAttribute(preference, operands[i], &alignment, sizeof alignment));
     int found = 0;
     cublasCheck(cublasLtMatmulAlgoGetHeuristic(cublaslt, p->operation, p->a, p->b, p->d, p->d, preference, 1, &p->chosen, &found));
-    CHECK(found > 0, "cuBLASLt has no way to multiply (%d, %d) by (%d, %d) in " PRECISION, p->M, p->K, p->K, p->N);
+    CHECK(found > 0, "cuBLASLt has no way to multiply (%d, %d) by (%d, %d) in " PRECISION "; sizes that are multiples of 8 are safest",
+          p->M, p->K, p->K, p->N);
     cublasCheck(cublasLtMatmulPreferenceDestroy(preference));
 }
 
@@ -210,7 +218,7 @@ void gemm_gpu(void *D, const void *C, const floatX *A, bool a_transposed, const 
               int M, int N, int K, bool fp32_out) {
     static GemmPlan *plans;
     static int count;
-    uintptr_t addresses = (uintptr_t)D | (uintptr_t)C | (uintptr_t)A | (uintptr_t)B | 256;
+    uintptr_t addresses = (uintptr_t)D | (uintptr_t)C | (uintptr_t)A | (uintptr_t)B | (uintptr_t)bias | 256;
     GemmPlan wanted = {M, N, K, a_transposed, b_transposed, bias != NULL, C != NULL, fp32_out, (int)(addresses & (~addresses + 1)),
                        NULL, NULL, NULL, NULL, {}};
     GemmPlan *p = NULL;
@@ -226,6 +234,16 @@ void gemm_gpu(void *D, const void *C, const floatX *A, bool a_transposed, const 
     const float alpha = 1, beta = C ? 1 : 0;
     cublasCheck(cublasLtMatmul(cublaslt, p->operation, &alpha, A, p->a, B, p->b, &beta, C ? C : D, p->d, D, p->d, &p->chosen.algo,
                                cublaslt_workspace, WORKSPACE_BYTES, stream));
+}
+
+// Copies between host and device, in the order of the stream. (A plain cudaMemcpy may return before its last bytes are on the
+// device, and our stream does not wait for it.)
+void to_device(void *device, const void *host, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
+}
+void to_host(void *host, const void *device, size_t bytes) {
+    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
+    cudaCheck(cudaStreamSynchronize(stream));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -263,8 +281,8 @@ void embedding_forward_gpu(floatX *out, const int *tokens, const floatX *wte, in
     checkLaunch();
 }
 
-// A token may stand in many rows, and sums of unordered atomics would differ from run to run. So the host sorts the rows by token (order: rows,
-// equal tokens side by side, see upload_batch); the block of a token's first row adds up all of its rows.
+// A token may stand in many rows, and sums of unordered atomics would differ from run to run. So the host sorts the rows by token (order:
+// rows, equal tokens side by side, see upload_batch); the block of a token's first row adds up all of its rows.
 __global__ void embedding_backward_kernel(float *dwte, const floatX *dout, const int *order, const int *tokens, int N, int C) {
     int first = blockIdx.x, c = blockIdx.y * blockDim.x + threadIdx.x, token = tokens[order[first]];
     if (c >= C || (first > 0 && tokens[order[first - 1]] == token)) return;
@@ -346,9 +364,10 @@ void rmsnorm_backward_gpu(floatX *dinp, float *dweight, const floatX *dout, cons
     sum_partials_gpu(dweight, scratch, parts, C);
 }
 
-// out (N, OC) = [residual +] inp (N, C) weight (OC, C)^T [+ bias (OC)]. The residual is added to the sum in fp32, in the multiplication's last
-// step: this saves a kernel and a rounding.
-void matmul_forward_gpu(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight, const floatX *bias, int N, int C, int OC) {
+// out (N, OC) = [residual +] inp (N, C) weight (OC, C)^T [+ bias (OC)]. The residual is added to the sum in fp32, in the multiplication's
+// last step: this saves a kernel and a rounding.
+void matmul_forward_gpu(floatX *out, const floatX *residual, const floatX *inp, const floatX *weight, const floatX *bias,
+                        int N, int C, int OC) {
     gemm_gpu(out, residual, weight, true, inp, false, bias, OC, N, C, sizeof(floatX) == 4);
 }
 
@@ -360,11 +379,11 @@ __global__ void column_sums_kernel(float *partials, const floatX *dout, int N, i
     for (int n = blockIdx.y; n < N; n += gridDim.y) sum += to_float(dout[(size_t)n * OC + c]);
     partials[(size_t)blockIdx.y * OC + c] = sum;
 }
-// dinp (N, C) = dout weight;  dweight (OC, C) += dout^T inp;  dbias += column sums of dout, if dbias is there
+// dinp (N, C) = dout weight;  dweight (OC, C) += dout^T inp;  dbias += column sums of dout, where they are there
 void matmul_backward_gpu(floatX *dinp, float *dweight, float *dbias, const floatX *dout, const floatX *inp, const floatX *weight,
                          float *scratch, int N, int C, int OC) {
     gemm_gpu(dinp, NULL, weight, false, dout, false, NULL, C, N, OC, sizeof(floatX) == 4);
-    gemm_gpu(dweight, dweight, inp, false, dout, true, NULL, C, OC, N, true);
+    if (dweight) gemm_gpu(dweight, dweight, inp, false, dout, true, NULL, C, OC, N, true);
     if (!dbias) return;
     int parts = N < PARTS ? N : PARTS, threads = row_threads(OC, 128);
     column_sums_kernel<<<dim3(ceil_div(OC, threads), parts), threads, 0, stream>>>(scratch, dout, N, OC);
@@ -421,9 +440,10 @@ void qknorm_rope_forward_gpu(floatX *qk, float *rstd, const floatX *qkv, const f
     checkLaunch();
 }
 
-// In place on the query and key heads of dqkv: gradients of qk -> gradients of qkv. A block takes every PARTS-th row, each group of its lanes
-// every so many heads. A lane owns the same channels in all of them, so it can keep their sums for dq_norm and dk_norm in its group's place
-// in shared memory, sums (groups, 2, HD); they end in partials (PARTS, 2 HD). Moves 2 (NH + NKV) HD elements a row, 3 with QK-norm.
+// In place on the query and key heads of dqkv: gradients of qk -> gradients of qkv. A block takes every PARTS-th row (one row without
+// QK-norm, which needs no sums over rows), each group of its lanes every so many heads. A lane owns the same channels in all of them, so it
+// can keep their sums for dq_norm and dk_norm in its group's place in shared memory, sums (groups, 2, HD); they end in partials
+// (PARTS, 2 HD). Moves 2 (NH + NKV) HD elements a row, 3 with QK-norm.
 template <int W>
 __global__ void qknorm_rope_backward_kernel(floatX *dqkv, float *partials, const floatX *qkv, const float *rstd, const floatX *q_norm,
                                             const floatX *k_norm, const float *table, const int *start, int N, int T, int NH,
@@ -479,8 +499,9 @@ __global__ void qknorm_rope_backward_kernel(floatX *dqkv, float *partials, const
     }
 }
 void qknorm_rope_backward_gpu(floatX *dqkv, float *dq_norm, float *dk_norm, const floatX *qkv, const float *rstd, const floatX *q_norm,
-                              const floatX *k_norm, const float *table, const int *start, float *scratch, int N, int T, int NH, int NKV, int HD) {
-    int wide = head_is_wide(HD), lanes = wide ? HD / 2 / WIDE : WARP, parts = N < PARTS ? N : PARTS;
+                              const floatX *k_norm, const float *table, const int *start, float *scratch, int N, int T, int NH, int NKV,
+                              int HD) {
+    int wide = head_is_wide(HD), lanes = wide ? HD / 2 / WIDE : WARP, parts = N < PARTS || !q_norm ? N : PARTS;
     size_t shared = q_norm ? sizeof(float) * (size_t)(128 / lanes) * 2 * (size_t)HD : 0;
     assert(dk_norm == dq_norm + (dq_norm ? HD : 0));             // neighbours in memory, so one sum serves both
     auto kernel = wide ? qknorm_rope_backward_kernel<WIDE> : qknorm_rope_backward_kernel<1>;
@@ -1060,12 +1081,13 @@ void swiglu_backward_gpu(floatX *dgate_up, const floatX *dact, const floatX *gat
     checkLaunch();
 }
 
-// A block takes a row of logits (V). Each thread keeps the maximum and the sum of exp(logit - maximum) of its part (online softmax: when the
-// maximum grows, the sum shrinks to match), the block joins them. With gradient the row becomes its own gradient,
-// (softmax - onehot) * weight * scale, read a second time from the L2 cache. Blocks begin with the last rows, which the matrix
-// multiplication before has just written. Moves 2 V elements a row.
+// A block takes a row of logits (V). Each thread keeps the maximum and the sum of exp(logit - maximum) of its part (online softmax: when
+// the maximum grows, the sum shrinks to match), the block joins them. With gradient the row becomes its own gradient,
+// (softmax - onehot) * weight * scale, read a second time, from the L2 cache as far as the rows under way fit into it. Blocks begin with
+// the last rows, which the matrix multiplication before has just written. Moves 2 to 3 V elements a row.
 template <int W>
-__global__ void cross_entropy_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V,
+__global__ void __launch_bounds__(1024)
+cross_entropy_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V,
                                      bool gradient) {
     size_t n = N - 1 - blockIdx.x;
     floatX *row = logits + n * V;
@@ -1218,8 +1240,10 @@ typedef struct { size_t offset; int count; Decay decay; } Chunk;  // a piece of 
 typedef struct Gpu {
     ParamsGpu params;
     floatX *params_memory;
-    float *master, *grads_memory, *m_memory, *v_memory;          // num_params each. In fp32, master is params_memory itself
+    float *master, *grads_memory, *m_memory, *v_memory;          // of what is trained. In fp32, master is params_memory itself without LoRA
     Params grads;                                                // device pointers
+    floatX *base;                                                // LoRA: as Lora.base, in floatX, which is exact for checkpoints in bf16
+    float *layer_grads, *lora_scratch;                           // (layer_floats), partial sums
     ActivationsGpu acts;
     float *rope;
     Chunk *chunks;
@@ -1229,6 +1253,7 @@ typedef struct Gpu {
     floatX *cache_k, *cache_v;                                   // (L, positions, NKV HD), as KVCache
     int cache_length, *decode_tokens;
     float *logits_host;                                          // (V)
+    float *losses_host;                                          // (B T)   for dpo_weights
 } Gpu;
 
 // Attention of T new tokens after `past` others, whose keys and values join the cache of the layer.
@@ -1304,24 +1329,117 @@ void layer_backward_gpu(Model *m, int l, const int *start, int B, int T) {
     rmsnorm_backward_gpu(g->dx, dp->norm1, g->dh, a->x, p->norm1, a->rstd1, g->scratch, N, C, ACCUMULATE);
 }
 
+// LoRA: see train_qwen.c. dB (outputs, rank) += dW A^T: a warp takes a row of dW, LORA_RANKS ranks at a time.
+enum { LORA_RANKS = 8, LORA_PARTS = 32 };
+__global__ void lora_db_kernel(float *dB, const float *dW, const float *A, int outputs, int inputs, int rank) {
+    int o = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP, k0 = blockIdx.y * LORA_RANKS;
+    if (o >= outputs) return;
+    float sum[LORA_RANKS] = {};
+    for (int c = lane; c < inputs; c += WARP) {
+        float d = dW[(size_t)o * inputs + c];
+        for (int k = 0; k < LORA_RANKS; k++) if (k0 + k < rank) sum[k] += d * A[(size_t)(k0 + k) * inputs + c];
+    }
+    for (int k = 0; k < LORA_RANKS; k++) {
+        float all = warp_sum(sum[k]);
+        if (lane == 0 && k0 + k < rank) dB[(size_t)o * rank + k0 + k] += all;
+    }
+}
+// partials (parts, rank, inputs): B^T dW over every parts-th row; their sum is added to dA. A thread takes a column.
+__global__ void lora_da_kernel(float *partials, const float *dW, const float *B, int outputs, int inputs, int rank) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x, k0 = blockIdx.y * LORA_RANKS;
+    if (c >= inputs) return;
+    float sum[LORA_RANKS] = {};
+    for (int o = blockIdx.z; o < outputs; o += gridDim.z) {
+        float d = dW[(size_t)o * inputs + c];
+        for (int k = 0; k < LORA_RANKS; k++) if (k0 + k < rank) sum[k] += d * B[(size_t)o * rank + k0 + k];
+    }
+    for (int k = 0; k < LORA_RANKS; k++)
+        if (k0 + k < rank) partials[((size_t)blockIdx.z * rank + k0 + k) * inputs + c] = sum[k];
+}
+void lora_backward_gpu(Model *m, int l) {
+    const Lora *lora = m->lora;
+    Gpu *g = m->gpu;
+    int rank = lora->options.rank, groups = ceil_div(rank, LORA_RANKS);
+    for (int k = l * lora->per_layer; k < (l + 1) * lora->per_layer; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        const float *dW = g->layer_grads + x->in_layer, *A = g->master + x->a, *B = g->master + x->b;
+        float *dA = g->grads_memory + x->a, *dB = g->grads_memory + x->b;
+        int outputs = x->outputs, inputs = x->inputs, parts = outputs < LORA_PARTS ? outputs : LORA_PARTS;
+        lora_db_kernel<<<dim3(ceil_div(outputs, 8), groups), 8 * WARP, 0, stream>>>(dB, dW, A, outputs, inputs, rank);
+        checkLaunch();
+        lora_da_kernel<<<dim3(ceil_div(inputs, 128), groups, parts), 128, 0, stream>>>(g->lora_scratch, dW, B, outputs, inputs, rank);
+        checkLaunch();
+        sum_partials_gpu(dA, g->lora_scratch, parts, rank * inputs);
+    }
+    cudaCheck(cudaMemsetAsync(g->layer_grads, 0, layer_floats(&m->table) * sizeof(float), stream));
+}
+
+// W = base + scale B A. A block takes LORA_ROWS rows, a thread one column of them.
+enum { LORA_ROWS = 8 };
+__global__ void lora_merge_kernel(floatX *W, const floatX *base, const float *A, const float *B, float scale, int outputs, int inputs,
+                                  int rank) {
+    int c = blockIdx.x * blockDim.x + threadIdx.x, o0 = blockIdx.y * LORA_ROWS;
+    if (c >= inputs) return;
+    float sum[LORA_ROWS] = {};
+    for (int k = 0; k < rank; k++) {
+        float a = A[(size_t)k * inputs + c];
+        for (int i = 0; i < LORA_ROWS; i++) if (o0 + i < outputs) sum[i] += B[(size_t)(o0 + i) * rank + k] * a;
+    }
+    for (int i = 0; i < LORA_ROWS && o0 + i < outputs; i++) {
+        size_t at = (size_t)(o0 + i) * inputs + c;
+        W[at] = to_floatX(to_float(base[at]) + scale * sum[i]);
+    }
+}
+void lora_merge_gpu(Model *m) {
+    const Lora *lora = m->lora;
+    Gpu *g = m->gpu;
+    for (int k = 0; k < lora->count; k++) {
+        const LoraMatrix *x = &lora->matrices[k];
+        floatX *W = g->params_memory + x->weight, *base = g->base + x->base;
+        const float *A = g->master + x->a, *B = g->master + x->b;
+        int outputs = x->outputs, inputs = x->inputs, rank = lora->options.rank;
+        dim3 grid(ceil_div(inputs, 128), ceil_div(outputs, LORA_ROWS));
+        lora_merge_kernel<<<grid, 128, 0, stream>>>(W, base, A, B, lora->scale, outputs, inputs, rank);
+        checkLaunch();
+    }
+}
+
 void model_backward_gpu(Model *m, const BatchGpu *batch, int B, int T) {
     const Config *c = &m->config;
     ActivationsGpu *a = &m->gpu->acts;
     rmsnorm_backward_gpu(a->dx, m->gpu->grads.norm, a->dh, a->x_last, m->gpu->params.norm, a->rstd, a->scratch, B * T, c->C, OVERWRITE);
-    for (int l = c->L - 1; l >= 0; l--) layer_backward_gpu(m, l, batch->start, B, T);
-    embedding_backward_gpu(m->gpu->grads.wte, a->dx, batch->order, batch->tokens, B * T, c->C);
+    for (int l = c->L - 1; l >= 0; l--) {
+        layer_backward_gpu(m, l, batch->start, B, T);
+        if (m->lora) lora_backward_gpu(m, l);
+    }
+    if (!m->lora) embedding_backward_gpu(m->gpu->grads.wte, a->dx, batch->order, batch->tokens, B * T, c->C);
 }
 
 // Adds the sum of weight * loss of a batch on the device to result->loss, and with TRAIN the gradient of scale times it to the gradients.
-void model_loss_gpu(Model *m, const BatchGpu *batch, int B, int T, float scale, Pass pass) {
+// In DPO the host makes the weights, in its copy of the batch, as on the CPU: it waits for the losses, and returns the pairs' losses.
+double model_loss_gpu(Model *m, const Batch *host, const BatchGpu *batch, int B, int T, float scale, Pass pass) {
     ActivationsGpu *a = &m->gpu->acts;
     const Config *c = &m->config;
+    double pair_losses = 0;
+    size_t bytes = sizeof(float) * (size_t)B * (size_t)T;
     model_forward_gpu(m, batch->tokens, batch->start, B, T, NO_CACHE);
-    classifier_gpu(a->losses, pass == TRAIN ? a->dh : NULL, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets,
-                   batch->weights, scale, a->logits, classifier_rows_gpu, B * T, c->C, c->V);
-    if (pass == TRAIN) model_backward_gpu(m, batch, B, T);
+    if (m->dpo || pass == EVALUATE)
+        classifier_gpu(a->losses, NULL, NULL, a->h, m->gpu->params.head, batch->targets, batch->weights, 0, a->logits, classifier_rows_gpu,
+                       B * T, c->C, c->V);
+    if (m->dpo) {
+        to_host(m->gpu->losses_host, a->losses, bytes);
+        pair_losses = dpo_weights(m->dpo, host, m->gpu->losses_host, B, T);
+        to_device(batch->weights, host->weights, bytes);
+    }
+    if (pass == TRAIN) {
+        if (m->lora) scale *= m->lora->scale;
+        classifier_gpu(a->losses, a->dh, m->gpu->grads.head, a->h, m->gpu->params.head, batch->targets, batch->weights, scale, a->logits,
+                       classifier_rows_gpu, B * T, c->C, c->V);
+        model_backward_gpu(m, batch, B, T);
+    }
     loss_sum_kernel<<<1, 256, 0, stream>>>(&m->gpu->result->loss, a->losses, batch->weights, B * T);
     checkLaunch();
+    return pair_losses;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -1371,15 +1489,16 @@ __global__ void adamw_kernel(floatX *params, float *master, float *ms, float *vs
         float v = vs[i] = o.beta2 * vs[i] + (1.0f - o.beta2) * g * g;
         float p = master[i] * keep - o.lr * (m * correct1) / (sqrtf(v * correct2) + o.eps);
         master[i] = p;
-        if (sizeof(floatX) != sizeof(float)) params[i] = to_floatX(p);
+        if (params) params[i] = to_floatX(p);
         grads[i] = 0;
     }
 }
 void adamw_gpu(Model *m, const AdamW *o, long step) {
     Gpu *g = m->gpu;
     float correct1 = (float)(1.0 / (1.0 - pow(o->beta1, (double)step))), correct2 = (float)(1.0 / (1.0 - pow(o->beta2, (double)step)));
-    float *masters = g->master, *ms = g->m_memory, *vs = g->v_memory;
-    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(g->params_memory, masters, ms, vs, g->grads_memory, g->chunks, g->result, *o, correct1, correct2);
+    float *masters = g->master, *grads = g->grads_memory, *ms = g->m_memory, *vs = g->v_memory;
+    floatX *rounded = sizeof(floatX) == sizeof(float) || m->lora ? NULL : g->params_memory;      // NULL: there are no others
+    adamw_kernel<<<g->num_chunks, 512, 0, stream>>>(rounded, masters, ms, vs, grads, g->chunks, g->result, *o, correct1, correct2);
     checkLaunch();
 }
 
@@ -1406,7 +1525,8 @@ Chunk *make_chunks(const TensorTable *table, int *count) {
 // that cuBLASLt does here is the peak.
 static const struct { const char *name; double flops; } KNOWN_CARDS[] = {
     {"A100", 312e12}, {"A800", 312e12}, {"H100 PCIe", 756e12}, {"H100 NVL", 835e12}, {"H100", 989.4e12}, {"H800", 989.4e12},
-    {"H200", 989.4e12}, {"H20", 148e12}, {"B200", 2250e12}, {"L40S", 362e12}, {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12}, {"A10", 125e12}, {"A6000", 154.8e12},
+    {"H200", 989.4e12}, {"H20", 148e12}, {"B200", 2250e12}, {"L40S", 362e12}, {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12},
+    {"A10G", 70e12}, {"A10", 125e12}, {"A6000", 154.8e12},
 };
 
 const cudaDeviceProp *device_properties(void) {
@@ -1419,8 +1539,8 @@ const cudaDeviceProp *device_properties(void) {
           error == cudaSuccess ? "none found" : cudaGetErrorString(error));
     cudaCheck(cudaSetDevice(0));
     cudaCheck(cudaGetDeviceProperties(&properties, 0));
-    CHECK(properties.major >= 8, "%s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", properties.name, properties.major,
-          properties.minor);
+    CHECK(properties.major >= 8, "%s has compute capability %d.%d; this program needs 8.0 (Ampere) or newer", properties.name,
+          properties.major, properties.minor);
     return known = true, &properties;
 }
 
@@ -1439,8 +1559,8 @@ template <typename T> T *device_alloc(size_t count) {
     if (error == cudaSuccess) return p;
     size_t left = 0, all = 0;
     cudaMemGetInfo(&left, &all);
-    DIE("%.2f GB more do not fit into the GPU's memory (%.2f of %.2f GB are free); a smaller --batch or --seq, or --recompute 2, needs less (./"
-        PROGRAM " info)", (double)count * sizeof(T) * 1e-9, (double)left * 1e-9, (double)all * 1e-9);
+    DIE("%.2f GB more do not fit into the GPU's memory (%.2f of %.2f GB are free); a smaller --batch or --seq, or --recompute 2, needs "
+        "less (./" PROGRAM " info)", (double)count * sizeof(T) * 1e-9, (double)left * 1e-9, (double)all * 1e-9);
 }
 template <typename T> T *pinned_alloc(size_t count) {
     T *p = NULL;
@@ -1448,25 +1568,38 @@ template <typename T> T *pinned_alloc(size_t count) {
     return p;
 }
 
-// Copies between host and device, in the order of the stream. (A plain cudaMemcpy may return before its last bytes are on the
-// device, and our stream does not wait for it.)
-void to_device(void *device, const void *host, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream));
-}
-void to_host(void *host, const void *device, size_t bytes) {
-    cudaCheck(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream));
-    cudaCheck(cudaStreamSynchronize(stream));
+size_t lora_scratch_floats(const Lora *lora) {
+    size_t most = 0;
+    for (int k = 0; k < lora->count; k++) if ((size_t)lora->matrices[k].inputs > most) most = (size_t)lora->matrices[k].inputs;
+    return (size_t)LORA_PARTS * most * (size_t)lora->options.rank;
 }
 
-MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute) {
+// Keys, or values, of a sequence of `positions` tokens, in all layers.
+size_t cache_floats(const Config *c, int positions) { return (size_t)c->L * (size_t)positions * (size_t)(c->NKV * c->HD); }
+
+MemoryPlan machine_plan(const Config *c, int B, int T, Recompute recompute, const LoraOptions *options) {
     TensorTable table = tensor_table(c);
     double params = (double)table.num_params;
     MemoryPlan plan = {(sizeof(floatX) == 4 ? 4.0 : 4.0 + sizeof(floatX)) * params, 4 * params, 8 * params,
-                       (double)activations_bytes_gpu(c, B, T, recompute, true) + WORKSPACE_BYTES};
+                       (double)activations_bytes_gpu(c, B, T, recompute, true) + WORKSPACE_BYTES +
+                           2.0 * (double)sizeof(floatX) * (double)cache_floats(c, T)};
+    if (options->rank > 0) {
+        Lora lora = lora_layout(c, &table, options);
+        double adapters = 4.0 * (double)lora.table.num_params;
+        plan.weights = sizeof(floatX) * (params + (double)lora.base_floats) + adapters;
+        plan.gradients = 4.0 * (double)(layer_floats(&table) + lora_scratch_floats(&lora)) + adapters, plan.moments = 2 * adapters;
+        lora_free(&lora);
+    }
     free(table.list);
     return plan;
 }
-double machine_memory(void) { return (double)device_properties()->totalGlobalMem; }
+// What is free now: neither CUDA's own half gigabyte nor what other programs hold.
+double machine_memory(void) {
+    size_t left = 0, all = 0;
+    device_open();
+    cudaCheck(cudaMemGetInfo(&left, &all));
+    return (double)left;
+}
 
 // Ever larger multiplications, until one takes 2 ms.
 double measured_peak_flops(void) {
@@ -1550,36 +1683,61 @@ BatchGpu upload_batch(Gpu *g, const Batch *batch, size_t at, int N) {
     return device;
 }
 
+enum { UPLOAD_FLOATS = 1 << 24 };                                // fp32 weights that are on the device at a time where it keeps only bf16
 void machine_open(Model *m, int B, int T, int rows, int positions, Recompute recompute, Pass pass) {
     device_open();
+    CHECK(B <= 65535, "--batch %d: a GPU takes at most 65535 rows; use --accum", B);           // attention's grid has a z for each
     const Config *c = &m->config;
     Gpu *g = m->gpu = (Gpu *)xcalloc(1, sizeof(Gpu));
     size_t params = m->table.num_params, tokens = (size_t)(rows > B ? rows : B) * (size_t)T;
     bool training = pass == TRAIN;
     m->B = B, m->T = T, m->positions = positions, m->recompute = recompute;
 
-    g->master = device_alloc<float>(params);
-    to_device(g->master, m->params_memory, params * sizeof(float));
+    bool has_master = training && !m->lora;                      // fp32 weights for AdamW
+    if (has_master || sizeof(floatX) == sizeof(float)) {
+        g->master = device_alloc<float>(params);
+        to_device(g->master, m->params_memory, params * sizeof(float));
+    }
 #ifdef QWEN_FP32
     g->params_memory = g->master;
 #else
     g->params_memory = device_alloc<floatX>(params);
-    convert_kernel<<<blocks_for(params, 256), 256, 0, stream>>>(g->params_memory, g->master, params);
-    checkLaunch();
-    if (!training) {                                             // only AdamW needs the masters
-        cudaCheck(cudaStreamSynchronize(stream));
-        cudaCheck(cudaFree(g->master));
-        g->master = NULL;
+    float *piece = has_master ? NULL : device_alloc<float>(UPLOAD_FLOATS);
+    for (size_t i = 0; i < params; i += UPLOAD_FLOATS) {
+        size_t count = params - i < UPLOAD_FLOATS ? params - i : UPLOAD_FLOATS;
+        if (piece) to_device(piece, m->params_memory + i, count * sizeof(float));
+        convert_kernel<<<blocks_for(count, 256), 256, 0, stream>>>(g->params_memory + i, piece ? piece : g->master + i, count);
+        checkLaunch();
     }
+    cudaCheck(cudaStreamSynchronize(stream));
+    cudaCheck(cudaFree(piece));
 #endif
     params_point_gpu(&g->params, c, g->params_memory);
     if (training) {
-        g->grads_memory = device_alloc<float>(params), g->m_memory = device_alloc<float>(params), g->v_memory = device_alloc<float>(params);
-        cudaCheck(cudaMemsetAsync(g->grads_memory, 0, params * sizeof(float), stream));
-        to_device(g->m_memory, m->m_memory, params * sizeof(float));
-        to_device(g->v_memory, m->v_memory, params * sizeof(float));
-        params_point(&g->grads, c, g->grads_memory);
-        Chunk *chunks = make_chunks(&m->table, &g->num_chunks);
+        Trained host = trained(m);
+        size_t count = host.table->num_params, bytes = count * sizeof(float);
+        if (m->lora) {
+            g->base = device_alloc<floatX>(m->lora->base_floats);
+            for (int k = 0; k < m->lora->count; k++) {
+                const LoraMatrix *x = &m->lora->matrices[k];
+                size_t weight_bytes = sizeof(floatX) * (size_t)x->outputs * (size_t)x->inputs;
+                floatX *W = g->params_memory + x->weight;
+                cudaCheck(cudaMemcpyAsync(g->base + x->base, W, weight_bytes, cudaMemcpyDeviceToDevice, stream));
+            }
+            g->master = device_alloc<float>(count);
+            to_device(g->master, host.params, bytes);
+            g->layer_grads = device_alloc<float>(layer_floats(&m->table));
+            g->lora_scratch = device_alloc<float>(lora_scratch_floats(m->lora));
+            cudaCheck(cudaMemsetAsync(g->layer_grads, 0, layer_floats(&m->table) * sizeof(float), stream));
+            lora_merge_gpu(m);
+        }
+        g->grads_memory = device_alloc<float>(count), g->m_memory = device_alloc<float>(count), g->v_memory = device_alloc<float>(count);
+        cudaCheck(cudaMemsetAsync(g->grads_memory, 0, bytes, stream));
+        to_device(g->m_memory, host.m, bytes);
+        to_device(g->v_memory, host.v, bytes);
+        if (m->lora) grads_point_shared(&g->grads, c, g->layer_grads);
+        else params_point(&g->grads, c, g->grads_memory);
+        Chunk *chunks = make_chunks(host.table, &g->num_chunks);
         g->chunks = device_alloc<Chunk>((size_t)g->num_chunks);
         to_device(g->chunks, chunks, (size_t)g->num_chunks * sizeof(Chunk));
         free(chunks);
@@ -1592,9 +1750,12 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
     float *table = (float *)xmalloc((size_t)positions * (size_t)c->HD * sizeof(float));
     rope_table(table, positions, c->HD, c->rope_base);
     g->rope = device_alloc<float>((size_t)positions * (size_t)c->HD);
+    g->cache_k = device_alloc<floatX>(cache_floats(c, positions)), g->cache_v = device_alloc<floatX>(cache_floats(c, positions));
+    g->decode_tokens = device_alloc<int>(PROMPT_CHUNK), g->logits_host = pinned_alloc<float>((size_t)c->V);
     to_device(g->rope, table, (size_t)positions * (size_t)c->HD * sizeof(float));
     g->batch = batch_alloc_gpu(tokens, false), g->staging = batch_alloc_gpu(tokens, true);
     g->result = device_alloc<ResultGpu>(1), g->result_host = pinned_alloc<ResultGpu>(1);
+    g->losses_host = pinned_alloc<float>((size_t)B * (size_t)T);
     cudaCheck(cudaStreamSynchronize(stream));
     free(table);
 }
@@ -1602,8 +1763,9 @@ void machine_open(Model *m, int B, int T, int rows, int positions, Recompute rec
 void machine_close(Model *m) {
     Gpu *g = m->gpu;
     void *on_device[] = {g->params_memory, g->grads_memory, g->m_memory, g->v_memory, g->chunks, g->acts.memory, g->rope, g->batch.tokens,
-                         g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens, (void *)(sizeof(floatX) == 4 ? NULL : g->master)};
-    void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host};
+                         g->batch.weights, g->result, g->cache_k, g->cache_v, g->decode_tokens, g->base, g->layer_grads, g->lora_scratch,
+                         (void *)((float *)g->params_memory == g->master ? NULL : g->master)};
+    void *pinned[] = {g->staging.tokens, g->staging.weights, g->result_host, g->logits_host, g->losses_host};
     cudaCheck(cudaStreamSynchronize(stream));
     for (void *p : on_device) cudaCheck(cudaFree(p));
     for (void *p : pinned) cudaCheck(cudaFreeHost(p));
@@ -1612,54 +1774,51 @@ void machine_close(Model *m) {
 }
 
 void machine_download(Model *m) {
-    size_t bytes = m->table.num_params * sizeof(float);
-    to_host(m->params_memory, m->gpu->master, bytes);
-    to_host(m->m_memory, m->gpu->m_memory, bytes);
-    to_host(m->v_memory, m->gpu->v_memory, bytes);
+    Trained host = trained(m);
+    size_t bytes = host.table->num_params * sizeof(float);
+    to_host(host.params, m->gpu->master, bytes);
+    to_host(host.m, m->gpu->m_memory, bytes);
+    to_host(host.v, m->gpu->v_memory, bytes);
 }
 
-// The one place where the host waits for the GPU.
+// Where the host waits for the GPU, once an update; in DPO also in each micro-batch.
 ResultGpu fetch_result(Gpu *g) {
     to_host(g->result_host, g->result, sizeof(ResultGpu));
     return *g->result_host;
 }
 
-// Forward and backward of all micro-batches: adds to the gradients and to result->loss.
-void update_gradients_gpu(Model *m, const Batch *batch, int rows, double targets) {
+// Forward and backward of all micro-batches: adds to the gradients and to result->loss. Returns DPO's loss.
+double update_gradients_gpu(Model *m, const Batch *batch, int rows, double targets) {
+    double pair_losses = 0;
     cudaCheck(cudaMemsetAsync(m->gpu->result, 0, sizeof(ResultGpu), stream));
     for (int i = 0; i < rows; i += m->B) {
         Batch micro = batch_from(batch, i, m->T);
         BatchGpu device = upload_batch(m->gpu, &micro, (size_t)i * (size_t)m->T, m->B * m->T);
-        model_loss_gpu(m, &device, m->B, m->T, (float)(1.0 / targets), TRAIN);
+        pair_losses += model_loss_gpu(m, &micro, &device, m->B, m->T, (float)(1.0 / targets), TRAIN);
     }
+    return pair_losses / targets;
 }
 
 Update machine_update(Model *m, const Batch *batch, int rows, double targets, const AdamW *adamw, double clip, long step) {
     Gpu *g = m->gpu;
-    update_gradients_gpu(m, batch, rows, targets);
-    gradient_norm_gpu(g->result, g->grads_memory, g->acts.scratch, m->table.num_params, targets, clip);
+    double pair_loss = update_gradients_gpu(m, batch, rows, targets);
+    gradient_norm_gpu(g->result, g->grads_memory, g->acts.scratch, trained(m).table->num_params, targets, clip);
     adamw_gpu(m, adamw, step);
+    if (m->lora) lora_merge_gpu(m);
     ResultGpu result = fetch_result(g);
-    Update u = {result.loss, result.norm};
+    Update u = {m->dpo ? pair_loss : result.loss, result.norm};
     return u;
 }
 
 double machine_loss(Model *m, const Batch *batch, int B, int T) {
     cudaCheck(cudaMemsetAsync(m->gpu->result, 0, sizeof(ResultGpu), stream));
     BatchGpu device = upload_batch(m->gpu, batch, 0, B * T);
-    model_loss_gpu(m, &device, B, T, 0, EVALUATE);
-    return fetch_result(m->gpu).loss;
+    double pair_losses = model_loss_gpu(m, batch, &device, B, T, 0, EVALUATE);
+    double loss = fetch_result(m->gpu).loss;
+    return m->dpo ? pair_losses : loss;
 }
 
-void machine_rewind(Model *m, int length) {
-    Gpu *g = m->gpu;
-    g->cache_length = length;
-    if (g->cache_k) return;
-    const Config *c = &m->config;
-    size_t size = (size_t)c->L * (size_t)m->positions * (size_t)(c->NKV * c->HD);
-    g->cache_k = device_alloc<floatX>(size), g->cache_v = device_alloc<floatX>(size);
-    g->decode_tokens = device_alloc<int>(PROMPT_CHUNK), g->logits_host = pinned_alloc<float>((size_t)c->V);
-}
+void machine_rewind(Model *m, int length) { m->gpu->cache_length = length; }
 
 float *machine_decode(Model *m, const int *tokens, int count) {
     const Config *c = &m->config;

@@ -149,7 +149,8 @@ void chat_add_question(Chat *c, const char *text) {
     Turn *turn = &c->turns[c->num_turns++];
     memset(turn, 0, sizeof *turn);
     turn->question = strdup(text);
-    tokenizer_encode(c->tokenizer, text, strlen(text), chat.raw ? SPECIALS_PARSED : SPECIALS_AS_TEXT, &turn->asked);
+    if (chat.raw) tokenizer_encode(c->tokenizer, text, strlen(text), SPECIALS_PARSED, &turn->asked);
+    else template_question(&c->layout, c->tokenizer, text, strlen(text), &turn->asked);
 }
 
 // Keeps the answer's tokens. Thinking is not kept, as in Qwen3's template: it would fill the context and be imitated.

@@ -1,7 +1,7 @@
 // AdamW over all parameters.   make build/adamw && build/adamw
 //
 //    g = grads * grad_scale          m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-//    master = master (1 - lr decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps);   params = master in bf16;   grads = 0
+//    master = master (1 - lr decay) - lr (m / (1 - beta1^step)) / (sqrt(v / (1 - beta2^step)) + eps);  params = master in bf16;  grads = 0
 //
 // Some 15 operations for 34 bytes: memory is the bound. In bf16 a parameter's grads, master, m and v are read and written (32 bytes) and
 // params written (2). The 196 million parameters below (Qwen2.5-0.5B with 4 of its 24 layers) are 6.66 GB: 1.99 ms at the 3350 GB/s of an
@@ -34,7 +34,8 @@ __device__ void write_param(floatX *params, size_t i, float master) {
 }
 
 // v1: the CPU loop, the element of a tensor turned into a thread index, a launch for each tensor.
-__global__ void adamw_v1_kernel(floatX *params, float *master, float *ms, float *vs, float *grads, size_t begin, size_t count, float grad_scale,
+__global__ void adamw_v1_kernel(floatX *params, float *master, float *ms, float *vs, float *grads, size_t begin, size_t count,
+                                float grad_scale,
                                 float keep, Constants k) {
     size_t i = begin + (size_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= begin + count) return;
@@ -46,7 +47,8 @@ void adamw_v1(int block) {
         const TensorInfo *info = &model.table.list[t];
         size_t count = info->rows * info->cols;
         float keep = 1.0f - (info->decay == DECAY ? adamw.lr * adamw.weight_decay : 0.0f);
-        adamw_v1_kernel<<<blocks_for(count, block), block, 0, stream>>>(params.x, master.f, ms.f, vs.f, grads.f, info->offset, count, GRAD_SCALE,
+        adamw_v1_kernel<<<blocks_for(count, block), block, 0, stream>>>(params.x, master.f, ms.f, vs.f, grads.f, info->offset, count,
+                                                                        GRAD_SCALE,
                                                                         keep, constants());
     }
 }
@@ -123,7 +125,8 @@ static void make_case(int V, int C, int L, int NH, int NKV, int HD, int I) {
     free(model.table.list);
     model.config = c, model.table = tensor_table(&c), model.gpu = &gpu;
     size_t count = model.table.num_params;
-    params = array_output("params", FLOATX, count), master = array_random("master", FLOAT, count, 1), ms = array_random("m", FLOAT, count, 1);
+    params = array_output("params", FLOATX, count), master = array_random("master", FLOAT, count, 1);
+    ms = array_random("m", FLOAT, count, 1);
     vs = array_random("v", FLOAT, count, 1), grads = array_random("grads", FLOAT, count, 1);
     for (size_t i = 0; i < count; i++) vs.host[i] *= vs.host[i];                     // a mean of squares
     vs = array_of("v", FLOAT, count, vs.host);
@@ -137,7 +140,8 @@ static void make_case(int V, int C, int L, int NH, int NKV, int HD, int I) {
     result = array_of("result", INT, sizeof ready / sizeof(int), &ready);
     free(list), free(pieces);
 
-    gpu.params_memory = sizeof(floatX) == 4 ? (floatX *)master.f : params.x, gpu.master = master.f, gpu.m_memory = ms.f, gpu.v_memory = vs.f;
+    gpu.params_memory = sizeof(floatX) == 4 ? (floatX *)master.f : params.x, gpu.master = master.f;
+    gpu.m_memory = ms.f, gpu.v_memory = vs.f;
     gpu.grads_memory = grads.f, gpu.chunks = (Chunk *)chunks.i, gpu.result = (ResultGpu *)result.i;
     model.params_memory = master.host, model.m_memory = ms.host, model.v_memory = vs.host, model.grads_memory = grads.host;
     adamw_step(&model, &adamw, GRAD_SCALE, STEP);
@@ -145,7 +149,8 @@ static void make_case(int V, int C, int L, int NH, int NKV, int HD, int I) {
 }
 
 int main(void) {
-    static const int sizes[][7] = {{5, 6, 1, 1, 1, 2, 3}, {11, 9, 2, 2, 1, 6, 7}, {700, 64, 2, 4, 2, 16, 72}, {151936, 896, 4, 14, 2, 64, 4864}};
+    static const int sizes[][7] = {{5, 6, 1, 1, 1, 2, 3}, {11, 9, 2, 2, 1, 6, 7}, {700, 64, 2, 4, 2, 16, 72},
+                                   {151936, 896, 4, 14, 2, 64, 4864}};
     for (int s = 0; bench_next(s, sizes); s++) {
         const int *n = sizes[s];
         make_case(n[0], n[1], n[2], n[3], n[4], n[5], n[6]);

@@ -18,7 +18,8 @@ static float scale = 0.25f;
 static Array logits, losses, targets, weights, head, h, dh, dhead, chunk, logits_inp;
 
 // v1: the CPU loop, the row turned into a thread index: maximum, sum, gradient.
-__global__ void cross_entropy_v1_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale, int N, int V) {
+__global__ void cross_entropy_v1_kernel(float *losses, floatX *logits, const int *targets, const float *weights, float scale,
+                                        int N, int V) {
     int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     floatX *row = logits + (size_t)n * V;
@@ -156,14 +157,15 @@ static void make_logits(void) {
 }
 
 int main(void) {
-    static const int sizes[][3] = {{1, 8, 8}, {7, 16, 1003}, {25, 72, 2056}, {2048, 1024, 151936}};
+    static const int sizes[][3] = {{1, 8, 8}, {7, 16, 1003}, {2, 8, 3001}, {2, 8, 20008}, {25, 72, 2056}, {2048, 1024, 151936}};
     for (int s = 0; bench_next(s, sizes); s++) {
         N = sizes[s][0], C = sizes[s][1], V = sizes[s][2];
         size_t count = (size_t)N * V;
         double bytes = (double)count * sizeof(floatX);
         int *ids = (int *)xmalloc(sizeof(int) * N);
         for (int n = 0; n < N; n++) ids[n] = (int)(V * random_uniform(2, n));
-        targets = array_of("targets", INT, N, ids), weights = array_random("weights", FLOAT, N, 1), losses = array_output("losses", FLOAT, N);
+        targets = array_of("targets", INT, N, ids), weights = array_random("weights", FLOAT, N, 1);
+        losses = array_output("losses", FLOAT, N);
         free(ids);
         make_logits();
         bench("cross_entropy", cross_entropy, 2 * bytes, 0, {{&losses, &logits}});

@@ -31,7 +31,9 @@ __global__ void embedding_forward_v2_kernel(floatX *out, const int *tokens, cons
     size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = at / C;
     if (n < (size_t)N) out[at] = wte[(size_t)tokens[n] * C + at % C];
 }
-void forward_v2(int block) { embedding_forward_v2_kernel<<<blocks_for((size_t)N * C, block), block, 0, stream>>>(out.x, tokens.i, wte.x, N, C); }
+void forward_v2(int block) {
+    embedding_forward_v2_kernel<<<blocks_for((size_t)N * C, block), block, 0, stream>>>(out.x, tokens.i, wte.x, N, C);
+}
 
 // Limit of v2: the width of a load.
 // Change:      the launcher of train_qwen.cu: packs of 16 bytes.
@@ -53,7 +55,9 @@ __global__ void embedding_backward_v2_kernel(float *dwte, const floatX *dout, co
     size_t at = (size_t)blockIdx.x * blockDim.x + threadIdx.x, n = at / C;
     if (n < (size_t)N) atomicAdd(&dwte[(size_t)tokens[n] * C + at % C], to_float(dout[at]));
 }
-void backward_v2(int block) { embedding_backward_v2_kernel<<<blocks_for((size_t)N * C, block), block, 0, stream>>>(dwte.f, dout.x, tokens.i, N, C); }
+void backward_v2(int block) {
+    embedding_backward_v2_kernel<<<blocks_for((size_t)N * C, block), block, 0, stream>>>(dwte.f, dout.x, tokens.i, N, C);
+}
 
 // Limit of v2: the order.
 // Change:      a block for each row and some columns; that of a token's first row adds up all rows of the token, in their order.

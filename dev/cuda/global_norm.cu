@@ -2,8 +2,8 @@
 //
 //    norm = sqrt(sum of grads[i]^2), in double
 //
-// Two operations for 4 bytes: memory is the bound, 4 bytes a parameter. 2^28 gradients are 1074 MB, 321 us at the 3350 GB/s of an H100 SXM's
-// data sheet. To keep such a memory busy about 2 MB must be under way at any time (3350 GB/s x 600 ns).
+// Two operations for 4 bytes: memory is the bound, 4 bytes a parameter. 2^28 gradients are 1074 MB, 321 us at the 3350 GB/s of an H100
+// SXM's data sheet. To keep such a memory busy about 2 MB must be under way at any time (3350 GB/s x 600 ns).
 #include "bench.h"
 
 enum { NORM_PARTS = 4096 };                        // as in gradient_norm of train_qwen.c

@@ -57,8 +57,9 @@ void forward_v1(int block) {
 // Limit of v1: the normed heads go to memory and come back (twice the bytes, and one more rounding); lanes read HD channels apart.
 // Change:      one kernel, a warp for each head; a lane holds both halves of its pairs, so the turn needs no other lane.
 // Limit now:   loads of 2 bytes a lane; with HD = 64 a lane has one pair only.
-__global__ void qknorm_rope_v2_kernel(floatX *qk, float *rstd, const floatX *qkv, const floatX *q_norm, const floatX *k_norm, const float *table,
-                                      const int *start, int past, int N, int T, int NH, int heads, int HD, int QKV, float eps) {
+__global__ void qknorm_rope_v2_kernel(floatX *qk, float *rstd, const floatX *qkv, const floatX *q_norm, const floatX *k_norm,
+                                      const float *table, const int *start, int past, int N, int T, int NH, int heads, int HD, int QKV,
+                                      float eps) {
     int at = (blockIdx.x * blockDim.x + threadIdx.x) / WARP, n = at / heads, h = at % heads, lane = threadIdx.x % WARP;
     if (n >= N) return;
     size_t head = (size_t)n * QKV + h * HD;
@@ -86,15 +87,16 @@ __global__ void qknorm_rope_v2_kernel(floatX *qk, float *rstd, const floatX *qkv
 void forward_v2(int block) {
     int heads = NH + NKV;
     CHECK(HD <= LARGEST_HD, "HD = %d is more than %d", HD, LARGEST_HD);
-    qknorm_rope_v2_kernel<<<ceil_div(N * heads * WARP, block), block, 0, stream>>>(qk.x, rstd.f, source(), q_norm_or_null(), k_norm_or_null(),
-        table.f, start.i, past, N, T, NH, heads, HD, QKV, EPS);
+    qknorm_rope_v2_kernel<<<ceil_div(N * heads * WARP, block), block, 0, stream>>>(qk.x, rstd.f, source(), q_norm_or_null(),
+        k_norm_or_null(), table.f, start.i, past, N, T, NH, heads, HD, QKV, EPS);
 }
 
 // Limit of v2: the width of a load.
 // Change:      a lane takes a pack of 8 channels from each half, so HD / 16 lanes work on a head (HD / 8 in fp32), a warp on several.
 // Limit now:   memory; one head for each lane's lifetime means that its loads are not overlapped with another head's arithmetic.
-__global__ void qknorm_rope_v3_kernel(floatX *qk, float *rstd, const floatX *qkv, const floatX *q_norm, const floatX *k_norm, const float *table,
-                                      const int *start, int past, int N, int T, int NH, int heads, int HD, int QKV, float eps) {
+__global__ void qknorm_rope_v3_kernel(floatX *qk, float *rstd, const floatX *qkv, const floatX *q_norm, const floatX *k_norm,
+                                      const float *table, const int *start, int past, int N, int T, int NH, int heads, int HD, int QKV,
+                                      float eps) {
     int lanes = HD / (2 * WIDE), thread = blockIdx.x * blockDim.x + threadIdx.x, at = thread / lanes, i = thread % lanes * WIDE;
     bool valid = at < N * heads;
     if (!valid) at = 0;                            // all lanes take part in the shuffles
@@ -122,8 +124,8 @@ __global__ void qknorm_rope_v3_kernel(floatX *qk, float *rstd, const floatX *qkv
 void forward_v3(int block) {
     int heads = NH + NKV, lanes = HD / (2 * WIDE);
     CHECK(head_is_wide(HD), "HD = %d is not %d times a power of two", HD, 2 * WIDE);
-    qknorm_rope_v3_kernel<<<ceil_div(N * heads * lanes, block), block, 0, stream>>>(qk.x, rstd.f, source(), q_norm_or_null(), k_norm_or_null(),
-        table.f, start.i, past, N, T, NH, heads, HD, QKV, EPS);
+    qknorm_rope_v3_kernel<<<ceil_div(N * heads * lanes, block), block, 0, stream>>>(qk.x, rstd.f, source(), q_norm_or_null(),
+        k_norm_or_null(), table.f, start.i, past, N, T, NH, heads, HD, QKV, EPS);
 }
 
 // Limit of v3: one head for each lane.
@@ -134,8 +136,8 @@ void forward_production(int) {
 }
 
 // v1: the CPU's loops: the turn and dinp with row and head turned into a thread index, the weights' gradients with the channel.
-__global__ void rmsnorm_heads_backward_v1_kernel(floatX *dqkv, const floatX *qkv, const float *rstd, const floatX *q_norm, const floatX *k_norm,
-                                                 int N, int NH, int heads, int HD, int QKV) {
+__global__ void rmsnorm_heads_backward_v1_kernel(floatX *dqkv, const floatX *qkv, const float *rstd, const floatX *q_norm,
+                                                 const floatX *k_norm, int N, int NH, int heads, int HD, int QKV) {
     int at = blockIdx.x * blockDim.x + threadIdx.x, n = at / heads, h = at % heads;
     if (n >= N) return;
     const floatX *x = qkv + (size_t)n * QKV + h * HD, *weight = h < NH ? q_norm : k_norm;
@@ -159,7 +161,8 @@ void backward_v1(int block) {
     int heads = NH + NKV, grid = ceil_div(N * heads, block);
     rope_v1_kernel<<<grid, block, 0, stream>>>(dqkv.x, table.f, start.i, 0, N, T, heads, HD, QKV, ROPE_BACKWARD);
     if (!has_norm) return;
-    rmsnorm_heads_dweight_v1_kernel<<<ceil_div(HD, block), block, 0, stream>>>(dqk_norm.f, dqk_norm.f + HD, dqkv.x, qkv.x, rstd_inp.f, N, NH, heads, HD, QKV);
+    rmsnorm_heads_dweight_v1_kernel<<<ceil_div(HD, block), block, 0, stream>>>(dqk_norm.f, dqk_norm.f + HD, dqkv.x, qkv.x, rstd_inp.f,
+                                                                               N, NH, heads, HD, QKV);
     rmsnorm_heads_backward_v1_kernel<<<grid, block, 0, stream>>>(dqkv.x, qkv.x, rstd_inp.f, q_norm.x, k_norm.x, N, NH, heads, HD, QKV);
 }
 
@@ -178,7 +181,7 @@ __global__ void qknorm_rope_backward_v2_kernel(floatX *dqkv, float *partial, con
         int at = valid ? first + group : 0, n = at / heads, h = at % heads, is_key = h >= NH;
         size_t head = (size_t)n * QKV + h * HD + i;
         const float2 *angles = (const float2 *)angles_of(table, start, 0, n, T, HD) + i;
-        Pack<WIDE> da = *(const Pack<WIDE> *)(dqkv + head), db = *(const Pack<WIDE> *)(dqkv + head + HD / 2), a = {}, b = {}, wa = {}, wb = {};
+        Pack<WIDE> da = load_pack<WIDE>(dqkv + head), db = load_pack<WIDE>(dqkv + head + HD / 2), a = {}, b = {}, wa = {}, wb = {};
         float ga[WIDE], gb[WIDE], sum = 0, r = 1, back = 0;
         if (q_norm) {
             const floatX *weight = is_key ? k_norm : q_norm;
@@ -226,7 +229,7 @@ __global__ void qknorm_rope_backward_v2_sum_kernel(float *dq_norm, float *dk_nor
     (c < HD ? dq_norm : dk_norm)[c % HD] += sum;
 }
 void backward_v2(int block) {
-    int heads = NH + NKV, groups = block / (HD / (2 * WIDE)), blocks = ceil_div(N * heads, groups) < 512 ? ceil_div(N * heads, groups) : 512;
+    int heads = NH + NKV, groups = block / (HD / (2 * WIDE)), most = ceil_div(N * heads, groups), blocks = most < 512 ? most : 512;
     CHECK(head_is_wide(HD), "HD = %d is not %d times a power of two", HD, 2 * WIDE);
     qknorm_rope_backward_v2_kernel<<<blocks, block, groups * 2 * HD * sizeof(float), stream>>>(dqkv.x, scratch, qkv.x, rstd_inp.f,
         q_norm_or_null(), k_norm_or_null(), table.f, start.i, N, T, NH, heads, HD, QKV);
@@ -251,12 +254,14 @@ static Version backward[] = {{"v1 the CPU loops", backward_v1, {64, 256}}, {"v2 
 static void make_case(void) {
     int heads = NH + NKV, *positions = (int *)xmalloc(sizeof(int) * N);
     size_t row = QKV, count = (size_t)N * row;
-    float *angles = (float *)xmalloc(sizeof(float) * (past + T) * HD), *q_rstd = (float *)xmalloc(sizeof(float) * N * heads), *k_rstd = q_rstd + N * NH;
+    float *angles = (float *)xmalloc(sizeof(float) * (past + T) * HD);
+    float *q_rstd = (float *)xmalloc(sizeof(float) * N * heads), *k_rstd = q_rstd + N * NH;
     rope_table(angles, past + T, HD, 10000.0f);
     table = array_of("table", FLOAT, (size_t)(past + T) * HD, angles);
     for (int n = 0; n < N; n++) positions[n] = n % T / 5 * 5;                        // a document begins every 5 positions
     start = array_of("start", INT, N, positions);
-    qkv = array_random("qkv", FLOATX, count, 1), q_norm = array_random("q_norm", FLOATX, HD, 1), k_norm = array_random("k_norm", FLOATX, HD, 1);
+    qkv = array_random("qkv", FLOATX, count, 1);
+    q_norm = array_random("q_norm", FLOATX, HD, 1), k_norm = array_random("k_norm", FLOATX, HD, 1);
     qk = array_of("qk", FLOATX, count, qkv.host), rstd = array_output("rstd", FLOAT, (size_t)N * heads);
     dqkv = array_random("dqkv", FLOATX, count, 1);
     dqk_norm = array_random("dqk_norm", FLOAT, 2 * HD, 1);
@@ -281,7 +286,8 @@ static void make_case(void) {
 }
 
 int main(void) {
-    static const int sizes[][7] = {{1, 1, 1, 1, 16, 1, 3}, {14, 7, 4, 2, 32, 0, 2}, {22, 11, 3, 1, 128, 1, 0}, {8192, 2048, 16, 8, 128, 1, 0}};
+    static const int sizes[][7] = {{1, 1, 1, 1, 16, 1, 3}, {14, 7, 4, 2, 32, 0, 2}, {6, 3, 15, 5, 128, 1, 0},
+                                   {22, 11, 3, 1, 128, 1, 0}, {8192, 2048, 16, 8, 128, 1, 0}};
     for (int s = 0; bench_next(s, sizes); s++) {
         N = sizes[s][0], T = sizes[s][1], NH = sizes[s][2], NKV = sizes[s][3], HD = sizes[s][4], has_norm = sizes[s][5], past = sizes[s][6];
         QKV = (NH + 2 * NKV) * HD;

@@ -98,7 +98,8 @@ __global__ void swiglu_backward_v3_kernel(floatX *dgate_up, const floatX *dact, 
     int i = (blockIdx.x * blockDim.x + threadIdx.x) * WIDE;
     if (i >= I) return;
     size_t gate = (size_t)blockIdx.y * 2 * I + i;
-    Pack<WIDE> d = load_pack<WIDE>(dact + (size_t)blockIdx.y * I + i), g = load_pack<WIDE>(gate_up + gate), u = load_pack<WIDE>(gate_up + gate + I);
+    Pack<WIDE> d = load_pack<WIDE>(dact + (size_t)blockIdx.y * I + i);
+    Pack<WIDE> g = load_pack<WIDE>(gate_up + gate), u = load_pack<WIDE>(gate_up + gate + I);
     for (int j = 0; j < WIDE; j++) {
         float dgate, dup;
         gradients(&dgate, &dup, to_float(d.x[j]), to_float(g.x[j]), to_float(u.x[j]));

@@ -2,11 +2,13 @@
 // train_qwen.c.
 //
 //   chatml      <|im_start|>role \n content <|im_end|>, then \n before the next message: Qwen's own
-//   mini_llm    ##提问: \n question \n ##回答: \n answer END: MINI_LLM's
+//   mini_llm    你是一个助手 用户: question 回答: answer END: MINI_LLM's
 //   none        question answer END
 //
-// A message is template_before, its content, template_after. The special tokens come from here alone; content is always text. Role, \n and
-// content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n.
+// A message is template_before, template_content, template_after. The special tokens come from here alone; content is always text. Role, \n
+// and content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n.
+// MINI_LLM encodes all before the answer as one text, in which a token may begin with the space before the question: that space counts as
+// content.
 #ifndef CHAT_TEMPLATE_H
 #define CHAT_TEMPLATE_H
 
@@ -30,13 +32,36 @@ ChatTemplate template_make(TemplateKind kind, const Tokenizer *t, uint32_t end_i
     c.kind = kind, c.im_start = (uint32_t)t->im_start, c.im_end = (uint32_t)t->im_end, c.end_id = end_id;
     for (int r = 0; r < NUM_ROLES; r++) tokenizer_encode_text(t, ROLES[r], strlen(ROLES[r]), &c.roles[r]);
     tokenizer_encode_text(t, "\n", 1, &c.newline);
-    tokenizer_encode_text(t, "##提问:\n", strlen("##提问:\n"), &c.question);
-    tokenizer_encode_text(t, "\n##回答:\n", strlen("\n##回答:\n"), &c.answer);
+    tokenizer_encode_text(t, "你是一个助手 用户:", strlen("你是一个助手 用户:"), &c.question);
+    tokenizer_encode_text(t, " 回答: ", strlen(" 回答: "), &c.answer);
     return c;
 }
 
 void push_tokens(TokenList *out, const TokenList *list, uint32_t flags) {
     for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i] | flags);
+}
+
+// What joins an instruction and its input. MINI_LLM has its space also after an instruction without input.
+const char *template_joint(const ChatTemplate *c) { return c->kind == TEMPLATE_MINI_LLM ? " " : "\n"; }
+
+// Appends the content's tokens, each with the flags.
+void template_content(const ChatTemplate *c, const Tokenizer *t, Role role, const char *text, size_t len, uint32_t flags, TokenList *out) {
+    size_t from = out->count;
+    bool leads = c->kind == TEMPLATE_MINI_LLM && role == ROLE_USER;
+    char *joined = leads ? (char *)xmalloc(len + 1) : NULL;
+    if (leads) joined[0] = ' ', memcpy(joined + 1, text, len);
+    tokenizer_encode_text(t, leads ? joined : text, len + leads, out);
+    for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
+    free(joined);
+}
+
+// The content of a question that stands alone, as prepare writes an instruction without input.
+void template_question(const ChatTemplate *c, const Tokenizer *t, const char *text, size_t len, TokenList *out) {
+    char *joined = (char *)xmalloc(len + 1);
+    memcpy(joined, text, len);
+    if (c->kind == TEMPLATE_MINI_LLM) joined[len++] = *template_joint(c);
+    template_content(c, t, ROLE_USER, joined, len, 0, out);
+    free(joined);
 }
 
 // What stands before and after the content of a message, each token with the flags (of dataloader.h, or 0). Nobody needs template_after of

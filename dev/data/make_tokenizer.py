@@ -120,6 +120,10 @@ def make_unicode_header():
     for block in blocks:
         for i in range(0, 128, 16):
             words.append("0x%x" % sum(block[i + j] << 4 * j for j in range(16)))
+    first = [set() for _ in range(256)]
+    for c in CODE_POINTS:
+        first[chr(c).encode()[0]].add(nibbles[c])
+    first = [str(bits.pop() if len(bits) == 1 else 16) for bits in first]
 
     runs = []  # [first, last, combining class]
     for c in sorted(combining):
@@ -143,6 +147,12 @@ static const unsigned char unicode_page[{len(pages)}] = {{
 }};
 static const uint64_t unicode_block[{len(blocks)} * 8] = {{
 {rows(words)}
+}};
+
+// The same 4 bits by the first byte of UTF-8, if all characters that begin so have the same; else UNICODE_MIXED.
+#define UNICODE_MIXED 16
+static const unsigned char unicode_first[256] = {{
+{rows(first)}
 }};
 
 // Canonical combining classes that are not 0: first, last, class.

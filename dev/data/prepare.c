@@ -12,6 +12,7 @@
 #define QWEN_NO_MAIN
 #include "../../train_qwen.c"
 #include "chat_template.h"
+#include "nfkc.h"
 #include <ctype.h>           // isalnum
 #include <strings.h>         // strcasecmp
 
@@ -20,7 +21,10 @@
 
 enum { COMMAND_PREPARE = 1, COMMAND_TOKENIZE = 2, COMMAND_DETOKENIZE = 4, COMMAND_SHOW = 8 };
 enum { TASK_AUTO = 3, SPECIALS_OF_FILE = 0, SPECIALS_NONE = 1 };
+enum { TEMPLATE_QWEN2_5 = TEMPLATE_NONE + 1 };   // ChatML with Qwen2.5's system message where there is none
+#define QWEN2_5_SYSTEM "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 static const char *const PREPARE_TASKS[] = {"pretrain", "sft", "dpo", "auto", NULL};
+static const char *const PREPARE_TEMPLATES[] = {"chatml", "mini_llm", "none", "qwen2.5", NULL};      // TEMPLATES, and one more
 static const char *const SPECIAL_SETS[] = {"file", "none", "v1", "qwen2", "qwen2.5", "qwen3", NULL};
 
 static struct {
@@ -28,13 +32,13 @@ static struct {
     int task, special, parsed_special, chat_template;
     long min_chars, max_chars, shard_tokens, show, documents, threads;
     double val_fraction;
-    bool trim_vocab, dedup, strict, jsonl, ids;
+    bool trim_vocab, dedup, nfkc, strict, jsonl, ids;
 } prep = {
     "", "dev/data/qwen.bin", "", "<|im_end|>", "", "", "-",
     TASK_AUTO, SPECIALS_OF_FILE, SPECIALS_NONE, TEMPLATE_CHATML,
     0, 0, 0, 0, 3, 0,
     0.01,
-    false, false, false, false, false,
+    false, false, false, false, false, false,
 };
 
 #define P_ COMMAND_PREPARE
@@ -52,11 +56,12 @@ static const Option PREPARE_OPTIONS[] = {
     {"val-fraction", P_,       OPTION_FLOAT,  &prep.val_fraction,     0, NULL, "share of val.bin, chosen by a hash of the text"},
     {"trim-vocab",   P_,       OPTION_FLAG,   &prep.trim_vocab,       0, NULL, "keep only the tokens that this data uses"},
     {"field",        P_,       OPTION_STRING, &prep.field,            0, NULL, "pretrain: the field with the text; a.b looks inside a"},
-    {"template",     P_,       OPTION_CHOICE, &prep.chat_template,    0, TEMPLATES, "sft, dpo: how a conversation is written"},
+    {"template",     P_,       OPTION_CHOICE, &prep.chat_template,    0, PREPARE_TEMPLATES, "sft, dpo: how a conversation is written"},
     {"system",       P_,       OPTION_STRING, &prep.system,           0, NULL, "sft, dpo: system message where there is none"},
     {"min-chars",    P_,       OPTION_INT,    &prep.min_chars,        0, NULL, "drop documents with fewer characters"},
     {"max-chars",    P_,       OPTION_INT,    &prep.max_chars,        0, NULL, "drop documents with more characters; 0: no limit"},
     {"dedup",        P_,       OPTION_FLAG,   &prep.dedup,            0, NULL, "drop repeated documents (same 64-bit hash)"},
+    {"nfkc",         P_,       OPTION_FLAG,   &prep.nfkc,             0, NULL, "normalise with NFKC (full-width forms, ...); Qwen: NFC"},
     {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "at most so many in train_00000.bin, ...; 0: one file"},
     {"strict",       P_,       OPTION_FLAG,   &prep.strict,           0, NULL, "stop at the first bad record, don't skip it"},
     {"show",         P_,       OPTION_INT,    &prep.show,             0, NULL, "print so many documents of the result"},
@@ -72,9 +77,10 @@ static const Option PREPARE_OPTIONS[] = {
 // 2. Files to records. A file is never in memory as a whole: the reader holds a batch, finds where its records begin and end, and
 //    moves the incomplete last one to the front of the next batch.
 
-#define BATCH_BYTES ((size_t)32 << 20)
-#define MAX_RECORD  ((size_t)64 << 20)           // longer JSON records are dropped,
-#define TEXT_BYTES  ((size_t)16 << 20)           // longer texts are cut at a line end
+#define BATCH_BYTES ((size_t)8 << 20)            // two of them are in memory: one is encoded while the next is read
+enum { BATCH_RECORDS = 1 << 16 };
+#define MAX_RECORD  ((size_t)16 << 20)           // longer JSON records are dropped,
+#define TEXT_BYTES  ((size_t)8 << 20)            // longer texts are cut at a line end
 #define CHUNK_BYTES ((size_t)256 << 10)          // `tokenize`: work for one thread
 
 typedef enum { FORMAT_JSON, FORMAT_TEXT, FORMAT_LINES, FORMAT_CHUNKS, FORMAT_AUTO } Format;
@@ -85,8 +91,9 @@ typedef struct {
     Format format;
     bool interactive;              // don't wait for a full batch
     bool at_end;
-    char *buffer;                  // [begin, end) is not yet used
-    size_t begin, end, capacity;
+    char *buffer, *spare;          // buffer[begin, end) is not yet used; spare: the batch before may still be there
+    size_t begin, end, capacity, spare_capacity;
+    bool keep;                     // what is in the buffer may not be overwritten: go on in the spare one
     uint64_t line, column;         // of buffer[begin]; lines from 1, columns from 0
     uint64_t bytes_read;
     int open_arrays;
@@ -101,8 +108,16 @@ static volatile sig_atomic_t interrupted;
 void on_interrupt(int signal_number) { interrupted = signal_number; }
 
 void reader_fill(Reader *r) {
-    size_t rest = r->end - r->begin;
-    if (rest > 0) memmove(r->buffer, r->buffer + r->begin, rest);
+    size_t rest = r->end - r->begin, capacity = r->capacity;
+    const char *from = r->buffer + r->begin;
+    if (r->keep) {
+        if (r->spare_capacity < capacity) r->spare = (char *)xrealloc(r->spare, r->spare_capacity = capacity);
+        char *spare = r->spare;
+        r->spare = r->buffer, r->buffer = spare;
+        r->capacity = r->spare_capacity, r->spare_capacity = capacity;
+        r->keep = false;
+    }
+    if (rest > 0) memmove(r->buffer, from, rest);
     r->begin = 0;
     r->end = rest;
     if (rest >= r->capacity / 2) {
@@ -139,7 +154,10 @@ bool has_ending(const char *path, const char *ending) {
 Format detect_format(const Reader *r) {
     static const char *const magic[][2] = {
         {"PAR1", "is a Parquet file"}, {"\x1F\x8B", "is compressed (gzip)"}, {"\x28\xB5\x2F\xFD", "is compressed (zstd)"},
-        {"PK\x03\x04", "is a zip archive"}, {TOKEN_FILE_MAGIC, "is a token file already"}, {BIN_MAGIC, "is a tokenizer"},
+        {"\xFD" "7zXZ", "is compressed (xz)"}, {"BZh", "is compressed (bzip2)"}, {"PK\x03\x04", "is a zip archive"},
+        {"7z\xBC\xAF", "is a 7z archive"}, {"Rar!", "is a rar archive"}, {"\xFF\xFE", "is UTF-16"}, {"\xFE\xFF", "is UTF-16"},
+        {"version https://git-lfs", "is a pointer of git-lfs, not the data (git lfs pull gets it)"},
+        {TOKEN_FILE_MAGIC, "is a token file already"}, {BIN_MAGIC, "is a tokenizer"},
     };
     size_t at = 0;
     for (size_t i = 0; i < sizeof magic / sizeof magic[0]; i++) {
@@ -155,10 +173,9 @@ Format detect_format(const Reader *r) {
 
 void reader_open(Reader *r, const char *path, Format format, bool interactive) {
     struct stat st;
-    char *buffer = r->buffer;                    // kept from the file before
-    size_t capacity = r->capacity;
+    Reader before = *r;                          // its memory is used again
     memset(r, 0, sizeof *r);
-    r->buffer = buffer, r->capacity = capacity;
+    r->buffer = before.buffer, r->capacity = before.capacity, r->spare = before.spare, r->spare_capacity = before.spare_capacity;
     r->path = strcmp(path, "-") == 0 ? "standard input" : path;
     r->file = strcmp(path, "-") == 0 ? STDIN_FILENO : open(path, O_RDONLY);
     r->line = 1;
@@ -235,7 +252,7 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
     if (i == len && !r->at_end && len < MAX_RECORD) return 0;
     r->lost = true;
     r->lost_column = r->column;
-    *problem = i >= MAX_RECORD ? "it is longer than 64 MB" : i < len ? "line break inside a string" : "the file ends inside it";
+    *problem = i >= MAX_RECORD ? "it is longer than 16 MB" : i < len ? "line break inside a string" : "the file ends inside it";
     return i;
 }
 
@@ -337,12 +354,13 @@ bool next_chunk(Reader *r, Record *record) {
     return take_record(r, stop < rest ? stop : rest, NULL, record);
 }
 
-// The next records of the file; they stay valid until the next call. Their number; 0 at the end of the file.
+// The next records of the file, at most BATCH_RECORDS; they stay valid until the call after the next one. Their number; 0 at the end.
 size_t read_batch(Reader *r, Records *batch) {
     static bool (*const next[])(Reader *, Record *) = {next_json, next_text, next_line, next_chunk};
     Record record;
+    r->keep = true;
     for (batch->count = 0;; reader_fill(r)) {
-        while (next[r->format](r, &record)) {
+        while (batch->count < BATCH_RECORDS && next[r->format](r, &record)) {
             if (batch->count == batch->capacity) {
                 batch->capacity = 2 * batch->capacity + 1024;
                 batch->list = (Record *)xrealloc(batch->list, batch->capacity * sizeof(Record));
@@ -381,7 +399,8 @@ typedef struct {
 } Doc;
 
 typedef struct { Role role; const char *text; size_t len; } Message;
-typedef struct { Message *list; int count, capacity; char *joined; } Conversation;      // joined: memory of instruction + input
+typedef struct { char *data; size_t size, capacity; } Text;
+typedef struct { Message *list; int count, capacity; Text joined; } Conversation;        // joined: instruction and input
 
 bool refuse(Doc *d, Reason reason, const char *detail) {
     d->reason = reason;
@@ -389,9 +408,39 @@ bool refuse(Doc *d, Reason reason, const char *detail) {
     return false;
 }
 
+// What NFKC writes for a compatibility character, NULL for any other.
+const char *compatibility_text(uint32_t c) {
+    for (int low = 0, high = NUM_COMPATIBILITY; low < high;) {
+        int middle = (low + high) / 2;
+        if (unicode_compatibility[middle].code == c) return unicode_compatibility[middle].text;
+        if (unicode_compatibility[middle].code < c) low = middle + 1;
+        else high = middle;
+    }
+    return NULL;
+}
+
+// A copy of valid text with its compatibility characters replaced; NFC, which the tokenizer does, makes it NFKC.
+char *replace_compatibility(const char *text, size_t len, size_t *new_len) {
+    size_t room = len + 64, used = 0;
+    char *out = (char *)xmalloc(room);
+    for (size_t i = 0, n; i < len; i += n) {
+        uint32_t c;
+        n = (size_t)utf8_decode(text + i, len - i, &c);
+        const char *replaced = c < 0x80 ? NULL : compatibility_text(c), *from = replaced ? replaced : text + i;
+        size_t size = replaced ? strlen(replaced) : n;
+        if (used + size > room) out = (char *)xrealloc(out, room = 2 * room + size);
+        memcpy(out + used, from, size);
+        used += size;
+    }
+    *new_len = used;
+    return out;
+}
+
 void encode(const Encoder *e, const char *text, size_t len, uint32_t flags, TokenList *out) {
     size_t from = out->count;
-    tokenizer_encode(e->tokenizer, text, len, SPECIALS_AS_TEXT, out);
+    char *copy = prep.nfkc ? replace_compatibility(text, len, &len) : NULL;
+    tokenizer_encode(e->tokenizer, copy ? copy : text, len, SPECIALS_AS_TEXT, out);
+    free(copy);
     for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
 }
 
@@ -404,7 +453,8 @@ Encoder encoder_make(const Tokenizer *t, Task task) {
     CHECK(end != NULL, "--eos %s is no special token here (the tokenizer has the set '%s'); choose another --eos or --special", prep.eos,
           t->special_set);
     e.end_id = end->id;
-    e.chat = template_make(task == TASK_PRETRAIN ? TEMPLATE_NONE : (TemplateKind)prep.chat_template, t, e.end_id);
+    int kind = task == TASK_PRETRAIN ? TEMPLATE_NONE : prep.chat_template == TEMPLATE_QWEN2_5 ? TEMPLATE_CHATML : prep.chat_template;
+    e.chat = template_make((TemplateKind)kind, t, e.end_id);
     return e;
 }
 
@@ -436,19 +486,21 @@ bool is_string(Doc *d, const Json *value, const char *field) {
 
 // 3a. Pretraining: text + end.
 
-typedef struct { char *data; size_t size, capacity; } Text;
+void add_bytes(Text *t, const char *bytes, size_t len) {
+    if (t->size + len > t->capacity) {
+        t->capacity = 2 * (t->size + len) + 64;
+        t->data = (char *)xrealloc(t->data, t->capacity);
+    }
+    if (len > 0) memcpy(t->data + t->size, bytes, len);
+    t->size += len;
+}
 
 // Appends a part on a line of its own; missing, null and empty parts are left out.
 bool add_line(Text *t, Doc *d, const Json *part, const char *field) {
     if (!part || part->type == JSON_NULL || (part->type == JSON_STRING && part->len == 0)) return true;
     if (!is_string(d, part, field)) return false;
-    if (t->size + part->len + 2 > t->capacity) {
-        t->capacity = 2 * (t->size + part->len + 2);
-        t->data = (char *)xrealloc(t->data, t->capacity);
-    }
-    if (t->size > 0) t->data[t->size++] = '\n';
-    memcpy(t->data + t->size, part->text, part->len);
-    t->size += part->len;
+    if (t->size > 0) add_bytes(t, "\n", 1);
+    add_bytes(t, part->text, part->len);
     return true;
 }
 
@@ -547,7 +599,7 @@ static const char *const ANSWER_FIELDS[] = {"output", "response", "answer", "com
 static const char *const REJECTED_FIELDS[] = {"rejected", "reject", NULL};
 
 // What the user says: a list of messages, or system, history [[question, answer], ...], instruction and input.
-bool add_prompt(Doc *d, Conversation *c, const Json *record) {
+bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
     const char *field = PROMPT_FIELDS[0];
     const Json *list = first_of(record, LIST_FIELDS, &field), *system = json_get(record, "system");
     const Json *prompt = list ? list : first_of(record, PROMPT_FIELDS, &field), *input = json_get(record, "input");
@@ -556,23 +608,22 @@ bool add_prompt(Doc *d, Conversation *c, const Json *record) {
     bool has_system = system && system->type == JSON_STRING && system->len > 0;
     if (has_system && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
     const Json *history = list ? NULL : json_get(record, "history");
+    if (history && history->type != JSON_ARRAY && history->type != JSON_NULL) return refuse(d, WRONG_TYPE, "history");
     for (const Json *turn = history ? history->child : NULL; turn; turn = turn->next) {
         const Json *question = turn->child, *answer = question ? question->next : NULL;
         if (!is_string(d, question, "history") || !is_string(d, answer, "history")) return false;
         if (!add_message(d, c, ROLE_USER, question->text, question->len, "history")) return false;
         if (!add_message(d, c, ROLE_ASSISTANT, answer->text, answer->len, "history")) return false;
     }
-    if (!input || input->type != JSON_STRING || input->len == 0 || !prompt || prompt->type != JSON_STRING) {
-        if (input && input->type != JSON_STRING && input->type != JSON_NULL) return refuse(d, WRONG_TYPE, "input");
-        return add_messages(d, c, prompt, ROLE_USER, field);
-    }
-    size_t len = prompt->len + 1 + input->len;
-    free(c->joined);
-    c->joined = (char *)xmalloc(len + 1);
-    memcpy(c->joined, prompt->text, prompt->len);
-    c->joined[prompt->len] = '\n';
-    memcpy(c->joined + prompt->len + 1, input->text, input->len + 1);
-    return add_message(d, c, ROLE_USER, c->joined, len, field);
+    if (input && input->type != JSON_STRING && input->type != JSON_NULL) return refuse(d, WRONG_TYPE, "input");
+    bool has_input = input && input->type == JSON_STRING && split_skip(input->text, 0, input->len, CLASS_SPACE) < input->len;
+    bool is_mini = e->chat.kind == TEMPLATE_MINI_LLM;             // "{instruction} {input}", the space also without input
+    if (!prompt || prompt->type != JSON_STRING || (!has_input && !is_mini)) return add_messages(d, c, prompt, ROLE_USER, field);
+    c->joined.size = 0;
+    add_bytes(&c->joined, prompt->text, prompt->len);
+    if (prompt->len > 0) add_bytes(&c->joined, template_joint(&e->chat), 1);
+    if (has_input) add_bytes(&c->joined, input->text, input->len);
+    return add_message(d, c, ROLE_USER, c->joined.data ? c->joined.data : "", c->joined.size, field);
 }
 
 // The messages as the template says, end_id once more if the last token is another.
@@ -583,19 +634,21 @@ void encode_conversation(const Encoder *e, const Conversation *c, int first_trai
         const Message *m = &c->list[i];
         uint32_t flags = m->role == ROLE_ASSISTANT && i >= first_trained ? 0 : TOKEN_NO_LOSS;
         template_before(&e->chat, m->role, i == 0, TOKEN_NO_LOSS, out);
-        encode(e, m->text, m->len, flags, out);
+        template_content(&e->chat, e->tokenizer, m->role, m->text, m->len, flags, out);
         template_after(&e->chat, m->role, flags, out);
     }
     if ((out->ids[out->count - 1] & TOKEN_ID_MASK) != e->end_id) token_list_push(out, e->end_id | TOKEN_NO_LOSS);
     out->ids[begin] |= TOKEN_DOC_START;
 }
 
-// Ends the conversation with its last answer, and puts --system before it.
+// Ends the conversation with its last answer, and puts a system message before it if it has none: --system, or Qwen2.5's with its
+// template. Qwen3 has no such message.
 bool finish_conversation(Doc *d, Conversation *c) {
+    const char *text = prep.system[0] == 0 && prep.chat_template == TEMPLATE_QWEN2_5 ? QWEN2_5_SYSTEM : prep.system;
     while (c->count > 0 && c->list[c->count - 1].role != ROLE_ASSISTANT) c->count--;
     if (c->count == 0) return refuse(d, NO_ANSWER, "");
-    if (prep.system[0] == 0 || c->list[0].role == ROLE_SYSTEM) return true;
-    push_message(c, ROLE_SYSTEM, prep.system, strlen(prep.system));
+    if (text[0] == 0 || c->list[0].role == ROLE_SYSTEM) return true;
+    push_message(c, ROLE_SYSTEM, text, strlen(text));
     Message system = c->list[c->count - 1];
     memmove(c->list + 1, c->list, (size_t)(c->count - 1) * sizeof(Message));
     c->list[0] = system;
@@ -605,7 +658,7 @@ bool finish_conversation(Doc *d, Conversation *c) {
 void encode_sft(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     const char *field;
     bool is_list = first_of(record, LIST_FIELDS, &field) != NULL;
-    if (!add_prompt(d, c, record)) return;
+    if (!add_prompt(e, d, c, record)) return;
     if (!is_list) {
         const Json *answer = first_of(record, ANSWER_FIELDS, &field);
         if (!answer) field = ANSWER_FIELDS[0];
@@ -620,7 +673,7 @@ bool encode_side(const Encoder *e, Doc *d, const Json *record, const Json *answe
     if (!add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
     if (c->count == 0 || c->list[0].role == ROLE_ASSISTANT) {
         c->count = 0;
-        if (!add_prompt(d, c, record) || !add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
+        if (!add_prompt(e, d, c, record) || !add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
     }
     if (!finish_conversation(d, c)) return false;
     encode_conversation(e, c, c->count - 1, &d->tokens);
@@ -655,14 +708,14 @@ void encode_json(const Encoder *e, Doc *d, const char *text, size_t len) {
         refuse(d, surrogate ? BAD_SURROGATE : utf8 ? BAD_UTF8 : BAD_JSON, surrogate || utf8 ? "" : error.message);
         return;
     }
-    Conversation c = {NULL, 0, 0, NULL};
+    Conversation c = {NULL, 0, 0, {NULL, 0, 0}};
     bool is_object = json->type == JSON_OBJECT;
     if (!is_object && (e->task != TASK_PRETRAIN || json->type != JSON_STRING)) refuse(d, WRONG_TYPE, "the record is no object");
     else if (e->task == TASK_PRETRAIN) encode_pretrain(e, d, json);
     else if (e->task == TASK_SFT) encode_sft(e, d, json, &c);
     else encode_dpo(e, d, json, &c);
     free(c.list);
-    free(c.joined);
+    free(c.joined.data);
     json_free(json);
 }
 
@@ -690,18 +743,27 @@ void encode_record(const Encoder *e, Format format, const Record *record, Doc *d
 // ---------------------------------------------------------------------------------------------------------------------------------
 // 4. Token files. All are written as NAME.tmp and get their names at the very end, when nothing can fail any more.
 
-typedef struct { AtomicFile out; uint64_t tokens, documents; } TokenFile;
+typedef struct { const char *path, *temporary; FILE *file; uint64_t tokens, documents; } TokenFile;      // file: NULL once it is full
 
 typedef struct {
     TokenFile *files;                            // train shards in order, and val anywhere
     int count, train, val;                       // indices of the files being written; -1: none yet
     int num_shards;
+    bool finished;
 } Output;
-static Output output = {NULL, 0, -1, -1, 0};
+static Output output = {NULL, 0, -1, -1, 0, false};
+enum { MAX_SHARDS = 100000 };                    // their names, train_00000.bin and so on, are in order
 
 // At exit: what has not got its name by then is an unfinished file.
 void remove_unfinished(void) {
-    for (int i = 0; i < output.count; i++) if (output.files[i].out.temporary) unlink(output.files[i].out.temporary);
+    for (int i = 0; i < output.count && !output.finished; i++) unlink(output.files[i].temporary);
+}
+
+// No second program may write into the directory. The lock ends with the program.
+void output_lock(void) {
+    int directory = open(prep.out, O_RDONLY);
+    CHECK(directory >= 0, "cannot open %s: %s", prep.out, strerror(errno));
+    CHECK(flock(directory, LOCK_EX | LOCK_NB) == 0, "another prepare is writing into %s; wait for it, or choose another --out", prep.out);
 }
 
 int output_open(const char *path) {
@@ -710,48 +772,48 @@ int output_open(const char *path) {
     output.files = (TokenFile *)xrealloc(output.files, (size_t)(output.count + 1) * sizeof(TokenFile));
     TokenFile *f = &output.files[output.count];
     memset(f, 0, sizeof *f);
-    f->out = open_atomic(path);
-    setvbuf(f->out.file, NULL, _IOFBF, 1 << 20);
-    fwrite(&none, sizeof none, 1, f->out.file);
+    f->path = path;
+    f->temporary = path_of("%s.tmp", path);
+    f->file = fopen(f->temporary, "wb");
+    CHECK(f->file != NULL, "cannot write %s: %s", f->temporary, strerror(errno));
+    setvbuf(f->file, NULL, _IOFBF, 1 << 20);
+    fwrite(&none, sizeof none, 1, f->file);
     return output.count++;
+}
+
+// The file is full: everything goes to the disk, and a full disk shows here at the latest.
+void output_close(TokenFile *f) {
+    if (f->file) close_file(f->file, f->path);
+    f->file = NULL;
 }
 
 void output_write(bool is_val, const Doc *d, Task task) {
     int *at = is_val ? &output.val : &output.train;
     uint64_t room = (uint64_t)prep.shard_tokens;
-    if (!is_val && room > 0 && *at >= 0 && output.files[*at].tokens + d->tokens.count > room) *at = -1;
+    if (!is_val && room > 0 && *at >= 0 && output.files[*at].tokens + d->tokens.count > room) {
+        output_close(&output.files[*at]);
+        *at = -1;
+    }
     if (*at < 0) {
+        CHECK(is_val || output.num_shards < MAX_SHARDS, "more than %d files; raise --shard-tokens", MAX_SHARDS);
         const char *path = is_val ? path_of("%s/val.bin", prep.out) : room == 0 ? path_of("%s/train.bin", prep.out)
                          : path_of("%s/train_%05d.bin", prep.out, output.num_shards);
         output.num_shards += !is_val;
         *at = output_open(path);
     }
     TokenFile *f = &output.files[*at];
-    fwrite(d->tokens.ids, sizeof(uint32_t), d->tokens.count, f->out.file);
+    size_t written = fwrite(d->tokens.ids, sizeof(uint32_t), d->tokens.count, f->file);
+    CHECK(written == d->tokens.count, "cannot write %s: %s", f->path, strerror(errno));
     f->tokens += d->tokens.count;
     f->documents += task == TASK_DPO ? 2 : 1;
 }
 
-void output_check(void) {
-    for (int i = 0; i < output.count; i++) {
-        CHECK(!ferror(output.files[i].out.file), "cannot write %s: %s", output.files[i].out.path, strerror(errno));
-    }
-}
-
-// Everything up to the operating system; a full disk shows here at the latest.
-void output_flush(void) {
-    for (int i = 0; i < output.count; i++) {
-        FILE *f = output.files[i].out.file;
-        CHECK(!ferror(f) && fflush(f) == 0, "cannot write %s: %s", output.files[i].out.path, strerror(errno));
-    }
-}
-
 // The tokens of an unfinished file, mapped into memory; changes go to the file.
 uint32_t *output_map(const TokenFile *f) {
-    int file = open(f->out.temporary, O_RDWR);
-    CHECK(file >= 0, "cannot open %s: %s", f->out.temporary, strerror(errno));
+    int file = open(f->temporary, O_RDWR);
+    CHECK(file >= 0, "cannot open %s: %s", f->temporary, strerror(errno));
     void *map = mmap(NULL, sizeof(TokenFileHeader) + f->tokens * 4, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
-    CHECK(map != MAP_FAILED, "cannot map %s: %s", f->out.temporary, strerror(errno));
+    CHECK(map != MAP_FAILED, "cannot map %s: %s", f->temporary, strerror(errno));
     close(file);
     return (uint32_t *)((char *)map + sizeof(TokenFileHeader));
 }
@@ -770,6 +832,7 @@ void output_renumber(const uint32_t *new_id) {
     }
 }
 
+// Writes the header and waits until the file is on the disk.
 void output_header(const TokenFile *f, const Encoder *e, float bigram_loss) {
     TokenFileHeader h;
     memset(&h, 0, sizeof h);
@@ -783,37 +846,49 @@ void output_header(const TokenFile *f, const Encoder *e, float bigram_loss) {
     h.tokenizer_hash = e->tokenizer->hash;
     snprintf(h.special_set, sizeof h.special_set, "%s", e->tokenizer->special_set);
     h.bigram_loss = bigram_loss;
-    CHECK(fseek(f->out.file, 0, SEEK_SET) == 0, "cannot write %s: %s", f->out.path, strerror(errno));
-    fwrite(&h, sizeof h, 1, f->out.file);
+    FILE *file = fopen(f->temporary, "rb+");
+    CHECK(file != NULL, "cannot open %s: %s", f->temporary, strerror(errno));
+    fwrite(&h, sizeof h, 1, file);
+    close_file(file, f->path);
 }
 
-// Token files of an earlier run that this one didn't replace: the trainer would mix them with the new ones.
+// train.bin, train_00000.bin, val.bin, or one of them unfinished (.tmp)?
+bool is_token_file_name(const char *name) {
+    const char *number = strncmp(name, "train_", 6) == 0 ? name + 6 : NULL;
+    size_t digits = number ? strspn(number, "0123456789") : 0;
+    const char *ending = digits > 0 ? number + digits : strncmp(name, "train", 5) == 0 ? name + 5
+                       : strncmp(name, "val", 3) == 0 ? name + 3 : "";
+    return strcmp(ending, ".bin") == 0 || strcmp(ending, ".bin.tmp") == 0;
+}
+
+// Token files of an earlier run that this one doesn't replace: the trainer would mix them with the new ones. Also what a killed run left.
 void remove_stale(void) {
-    glob_t found;
-    for (int pass = 0; pass < 2; pass++) {
-        if (glob(path_of(pass ? "%s/val.bin" : "%s/train*.bin", prep.out), 0, NULL, &found) != 0) continue;
-        for (size_t i = 0; i < found.gl_pathc; i++) {
-            const char *path = found.gl_pathv[i], *name = path + strlen(prep.out) + 1;
-            bool is_new = false, is_ours = strcmp(name, "train.bin") == 0 || strncmp(name, "train_", 6) == 0 || pass == 1;
-            for (int k = 0; k < output.count; k++) is_new |= strcmp(output.files[k].out.path, path) == 0;
-            if (is_ours && !is_new && unlink(path) == 0) printf("removed %s, left by an earlier run\n", path);
+    DIR *directory = opendir(prep.out);
+    CHECK(directory != NULL, "cannot list %s: %s", prep.out, strerror(errno));
+    for (struct dirent *entry; (entry = readdir(directory)) != NULL;) {
+        const char *path = path_of("%s/%s", prep.out, entry->d_name);
+        bool is_new = false;
+        for (int k = 0; k < output.count; k++) {
+            is_new |= strcmp(output.files[k].path, path) == 0 || strcmp(output.files[k].temporary, path) == 0;
         }
-        globfree(&found);
+        if (!is_token_file_name(entry->d_name) || is_new || unlink(path) != 0) continue;
+        printf("%sremoved %s, left by an earlier run\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", path);
     }
+    closedir(directory);
 }
 
-// The files get their names. Should the program be killed in between, the tokenizer's hash in the headers tells old from new.
+// The files get their names. All are on the disk by then, so this takes no time; should the program be killed in between, the tokenizer's
+// hash in the headers tells old from new.
 void output_finish(const Encoder *e, float bigram_loss) {
     for (int i = 0; i < output.count; i++) output_header(&output.files[i], e, i == output.val ? bigram_loss : 0);
-    output_flush();
     remove_stale();
     tokenizer_save_bin(e->tokenizer, path_of("%s/tokenizer.bin", prep.out));
     for (int i = 0; i < output.count; i++) {
-        char *path = strdup(output.files[i].out.path);
-        close_atomic(&output.files[i].out);
-        output.files[i].out.temporary = NULL;
-        output.files[i].out.path = path;
+        const TokenFile *f = &output.files[i];
+        CHECK(rename(f->temporary, f->path) == 0, "cannot rename %s: %s", f->temporary, strerror(errno));
     }
+    output.finished = true;
+    sync_directory(prep.out);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -992,13 +1067,17 @@ void take(Preparation *run, const Reader *r, const Record *record, Doc *d) {
     output_write(belongs_to_val(d->hash), d, (Task)run->task);
 }
 
+// A terminal gets one line that is written again and again, anything else a line now and then.
 void print_progress(Preparation *run, bool terminal) {
-    double now = now_s(), seconds = now - run->began, rate = (double)run->bytes / seconds;
+    double now = now_s(), seconds = now - run->began, rate = (double)run->bytes / seconds, total = (double)run->total_bytes;
+    double share = total > 0 ? (double)run->bytes / total : 0;
+    enum { BAR = 24 };
     if (now - run->last_line < (terminal ? 0.2 : 5)) return;
     run->last_line = now;
-    printf("%s%.0f MB", terminal ? "\r\033[K" : "", (double)run->bytes / 1e6);
-    double total = (double)run->total_bytes;
-    if (total > 0) printf(" of %.0f (%.0f %%)", total / 1e6, 100.0 * (double)run->bytes / total);
+    if (terminal) printf("\r\033[K");
+    if (terminal && total > 0) printf("[%.*s%*s] ", (int)(share * BAR), "========================", BAR - (int)(share * BAR), "");
+    printf("%.0f MB", (double)run->bytes / 1e6);
+    if (total > 0) printf(" of %.0f (%.0f %%)", total / 1e6, 100 * share);
     printf(", %.1f MB/s, %.2f M tokens", rate / 1e6, (double)run->tokens / 1e6);
     if (run->total_bytes > run->bytes) printf(", %s left", time_text((double)(run->total_bytes - run->bytes) / rate));
     printf(terminal ? " " : "\n");
@@ -1015,27 +1094,46 @@ void find_task(Preparation *run, const Tokenizer *t, Format format, const Record
     run->encoder = encoder_make(t, run->task == TASK_AUTO ? TASK_PRETRAIN : (Task)run->task);
 }
 
+// The documents of one batch, in order; frees them.
+void take_batch(Preparation *run, const Reader *r, Records *batch, Doc *documents) {
+    for (size_t i = 0; i < batch->count; i++) {
+        take(run, r, &batch->list[i], &documents[i]);
+        free(documents[i].tokens.ids);
+    }
+    if (batch->count > 0) free(documents);
+    batch->count = 0;
+}
+
+// While all threads encode a batch, one of them first writes the batch before and reads the batch after it.
 void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *path) {
-    static Records batch;
+    static Records batches[2];
+    Doc *documents[2] = {NULL, NULL};
     bool terminal = isatty(STDOUT_FILENO);
     uint64_t bytes_before = run->bytes;
     reader_open(r, path, FORMAT_AUTO, false);
     CHECK(r->format == FORMAT_JSON || run->task == TASK_PRETRAIN || run->task == TASK_AUTO,
           "%s is plain text; --task %s needs JSON records", r->path, PREPARE_TASKS[run->task]);
-    while (read_batch(r, &batch) > 0) {
-        if (run->task == TASK_AUTO) find_task(run, t, r->format, &batch);
-        Doc *documents = (Doc *)xmalloc(batch.count * sizeof(Doc));
-        #pragma omp parallel for schedule(dynamic, 16)
-        for (int64_t i = 0; i < (int64_t)batch.count; i++) encode_record(&run->encoder, r->format, &batch.list[i], &documents[i]);
-        for (size_t i = 0; i < batch.count; i++) {
-            take(run, r, &batch.list[i], &documents[i]);
-            free(documents[i].tokens.ids);
+    int now = 0;
+    read_batch(r, &batches[now]);
+    for (; batches[now].count > 0; now = !now) {
+        Records *batch = &batches[now], *other = &batches[!now];
+        int64_t count = (int64_t)batch->count;
+        if (run->task == TASK_AUTO) find_task(run, t, r->format, batch);
+        Doc *encoded = documents[now] = (Doc *)xmalloc(batch->count * sizeof(Doc));
+        #pragma omp parallel
+        {
+            #pragma omp single nowait
+            {
+                take_batch(run, r, other, documents[!now]);
+                print_progress(run, terminal);
+                run->bytes = bytes_before + r->bytes_read - (r->end - r->begin);
+                read_batch(r, other);
+            }
+            #pragma omp for schedule(dynamic, 4)
+            for (int64_t i = 0; i < count; i++) encode_record(&run->encoder, r->format, &batch->list[i], &encoded[i]);
         }
-        free(documents);
-        run->bytes = bytes_before + r->bytes_read - (r->end - r->begin);
-        output_check();
-        print_progress(run, terminal);
     }
+    take_batch(run, r, &batches[!now], documents[!now]);
     run->bytes = bytes_before + r->bytes_read;
     reader_close(r);
 }
@@ -1091,6 +1189,12 @@ Tokenizer *trim(Preparation *run, const Tokenizer *t) {
     return small;
 }
 
+const char *encoding_hint(const Preparation *run) {
+    uint64_t others = 0;
+    for (int r = 0; r < NUM_REASONS; r++) others += r != BAD_UTF8 ? run->records[r] : 0;
+    return run->records[BAD_UTF8] > others ? "; is it GBK? then: iconv -f GB18030 -t UTF-8 FILE | ./prepare --out DIR -" : "";
+}
+
 void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabulary, float bigram) {
     double seconds = now_s() - run->began;
     uint64_t dropped = 0;
@@ -1098,7 +1202,7 @@ void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabula
     if (isatty(STDOUT_FILENO)) printf("\r\033[K");
     for (int i = 0; i < output.count; i++) {
         const TokenFile *f = &output.files[i];
-        printf("%s  %" PRIu64 " documents, %" PRIu64 " tokens", f->out.path, f->documents, f->tokens);
+        printf("%s  %" PRIu64 " documents, %" PRIu64 " tokens", f->path, f->documents, f->tokens);
         if (i == output.val && bigram > 0) printf("; a bigram model's loss on it is %.4f", bigram);
         printf("\n");
     }
@@ -1115,7 +1219,7 @@ void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabula
     for (int r = KEPT + 1, n = 0; r < NUM_REASONS; r++) {
         if (run->records[r] > 0) printf("%s%" PRIu64 " %s", n++ ? ", " : ": ", run->records[r], REASONS[r]);
     }
-    printf("\n%.1f MB in %.1f s, %.1f MB/s\n", (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
+    printf("%s\n%.1f MB in %.1f s, %.1f MB/s\n", encoding_hint(run), (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
 }
 
 uint64_t total_size(const char **paths, int count) {
@@ -1143,6 +1247,7 @@ void prepare(const char **paths, int num_paths) {
     action.sa_handler = on_interrupt;            // without SA_RESTART, so that it also ends waiting for input
     sigaction(SIGINT, &action, NULL);
     sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
     signal(SIGXFSZ, SIG_IGN);                    // a file-size limit then shows as a failed write
     atexit(remove_unfinished);
 
@@ -1156,22 +1261,24 @@ void prepare(const char **paths, int num_paths) {
     run.encoder = encoder_make(t, run.task == TASK_AUTO ? TASK_PRETRAIN : (Task)run.task);
     run.used = (unsigned char *)xcalloc((size_t)t->vocab_size, 1);
     make_directory(prep.out);
+    output_lock();
     run.began = run.last_line = now_s();
     Reader reader;
     memset(&reader, 0, sizeof reader);
     for (int i = 0; i < num_paths; i++) prepare_file(&run, t, &reader, paths[i]);
     uint64_t dropped = 0;
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
-    CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written", dropped, num_paths);
+    CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written%s", dropped, num_paths,
+          encoding_hint(&run));
 
     int full_vocabulary = t->vocab_size;
-    output_flush();
+    for (int i = 0; i < output.count; i++) output_close(&output.files[i]);
     if (prep.trim_vocab) t = trim(&run, t);
     float bigram = run.task == TASK_PRETRAIN && t->vocab_size <= BIGRAM_VOCAB ? bigram_loss((uint32_t)t->vocab_size) : 0;
     CHECK(!interrupted, "interrupted; nothing was written");
     output_finish(&run.encoder, bigram);
     print_summary(&run, t, full_vocabulary, bigram);
-    if (prep.show > 0) show_file(output.files[0].out.path, t, prep.show);
+    if (prep.show > 0) show_file(output.files[0].path, t, prep.show);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -1323,12 +1430,7 @@ void detokenize_line(const Tokenizer *t, char *line, uint64_t number, Text *out,
         size_t len;
         const char *bytes = tokenizer_bytes(t, (uint32_t)id, &len);
         *without_token += len == 0;
-        if (out->size + len > out->capacity) {
-            out->capacity = 2 * (out->size + len) + 4096;
-            out->data = (char *)xrealloc(out->data, out->capacity);
-        }
-        if (len > 0) memcpy(out->data + out->size, bytes, len);
-        out->size += len;
+        add_bytes(out, bytes, len);
     }
 }
 

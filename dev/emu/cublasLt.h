@@ -17,9 +17,13 @@ enum cublasLtMatrixLayoutAttribute_t {
     CUBLASLT_MATRIX_LAYOUT_ORDER = 1, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT = 5, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET = 6,
 };
 enum cublasLtMatmulPreferenceAttributes_t {
-    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1,
+    CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES = 1, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK = 3,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES = 5, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES = 6,
     CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES = 7, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES = 8,
+};
+enum cublasLtReductionScheme_t {
+    CUBLASLT_REDUCTION_SCHEME_NONE = 0, CUBLASLT_REDUCTION_SCHEME_INPLACE = 1, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE = 2,
+    CUBLASLT_REDUCTION_SCHEME_OUTPUT_TYPE = 4, CUBLASLT_REDUCTION_SCHEME_MASK = 7,
 };
 
 namespace emu {
@@ -39,6 +43,7 @@ struct LtLayout {
 struct LtPreference {
     uint64_t workspace;
     uint32_t alignment[4];      // of A, B, C, D in bytes, as the program promises
+    uint32_t reductions;
 };
 }
 typedef struct emu_LtHandle *cublasLtHandle_t;
@@ -46,7 +51,7 @@ typedef emu::LtDesc *cublasLtMatmulDesc_t;
 typedef emu::LtLayout *cublasLtMatrixLayout_t;
 typedef emu::LtPreference *cublasLtMatmulPreference_t;
 struct emu_LtHandle { int unused; };
-struct cublasLtMatmulAlgo_t { uint64_t workspace; uint32_t alignment[4]; };
+struct cublasLtMatmulAlgo_t { uint64_t workspace; uint32_t alignment[5]; };                     // of A, B, C, D and the bias
 struct cublasLtMatmulHeuristicResult_t { cublasLtMatmulAlgo_t algo; size_t workspaceSize; cublasStatus_t state; float wavesCount; };
 
 namespace emu {
@@ -125,7 +130,7 @@ inline cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t la
 }
 
 inline cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *preference) {
-    return *preference = new emu::LtPreference{0, {256, 256, 256, 256}}, CUBLAS_STATUS_SUCCESS;
+    return *preference = new emu::LtPreference{0, {256, 256, 256, 256}, CUBLASLT_REDUCTION_SCHEME_MASK}, CUBLAS_STATUS_SUCCESS;
 }
 inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t preference) {
     return delete preference, CUBLAS_STATUS_SUCCESS;
@@ -133,12 +138,14 @@ inline cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t
 inline cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t preference,
                                                            cublasLtMatmulPreferenceAttributes_t which, const void *value, size_t bytes) {
     if (which == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES) return emu::set_attribute(&preference->workspace, value, bytes);
+    if (which == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK) return emu::set_attribute(&preference->reductions, value, bytes);
     int matrix = which - CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES;
     if (matrix >= 0 && matrix < 4) return emu::set_attribute(&preference->alignment[matrix], value, bytes);
     return EMU_BLAS_UNSUPPORTED("preference attribute %d: not in this emulator", which);
 }
 
-// Up to two algorithms: first one that splits k and so wants D as floats for workspace, if it may; then one that needs none.
+// Up to two algorithms: first one that splits k and so wants D as floats for workspace, if it may; then one that needs none. Both rely on
+// the alignments that the preference promises, and on that of the bias that is set now (none: the best).
 inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     cublasLtHandle_t handle, cublasLtMatmulDesc_t op, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b, cublasLtMatrixLayout_t c,
     cublasLtMatrixLayout_t d, cublasLtMatmulPreference_t preference, int requested, cublasLtMatmulHeuristicResult_t *results,
@@ -150,9 +157,11 @@ inline cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     if (status != CUBLAS_STATUS_SUCCESS) return status;
     size_t wanted = sizeof(float) * d->rows * d->cols * (size_t)d->batch;
     for (size_t workspace : {wanted, (size_t)0}) {
-        if (workspace > preference->workspace || *returned == requested) continue;
+        bool allowed = workspace == 0 || preference->reductions & CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+        if (workspace > preference->workspace || !allowed || *returned == requested) continue;
         cublasLtMatmulHeuristicResult_t r = {{workspace, {}}, workspace, CUBLAS_STATUS_SUCCESS, 1.0f};
         for (int i = 0; i < 4; i++) r.algo.alignment[i] = std::min(16u, preference->alignment[i]);  // loads and stores: up to 16 bytes
+        r.algo.alignment[4] = 1u << __builtin_ctzll((uintptr_t)op->bias | 16);
         results[(*returned)++] = r;
     }
     return CUBLAS_STATUS_SUCCESS;
@@ -172,7 +181,7 @@ inline cublasStatus_t cublasLtMatmul(
     if (c == d && (c_layout->ld != d_layout->ld || c_layout->stride != d_layout->stride))
         return EMU_BLAS_INVALID("C is D, but their layouts differ");
 
-    cublasLtMatmulAlgo_t chosen = {0, {16, 16, 16, 16}};        // none given: as found with default preferences
+    cublasLtMatmulAlgo_t chosen = {0, {16, 16, 16, 16, 16}};    // none given: as found with default preferences
     if (algo != nullptr) chosen = *algo;
     const void *pointer[4] = {a, b, c, d};
     const emu::LtLayout *layout[4] = {a_layout, b_layout, c_layout, d_layout};
@@ -194,6 +203,9 @@ inline cublasStatus_t cublasLtMatmul(
                                 (size_t)chosen.workspace, workspace_bytes, workspace);
     if (bias != nullptr && !emu::is_device(bias, d_layout->rows * emu::type_bytes(d_layout->type)))
         return EMU_BLAS_INVALID("the bias, %zu numbers at %p, is not (all) device memory", d_layout->rows, bias);
+    if ((uintptr_t)bias % chosen.alignment[4] != 0)
+        return EMU_BLAS_INVALID("the bias at %p: the algorithm relies on the %u byte alignment of the one that was set when it was chosen",
+                                bias, chosen.alignment[4]);
 
     bool transa = op->transa != CUBLAS_OP_N, transb = op->transb != CUBLAS_OP_N;
     emu::Gemm g = {transa, transb, d_layout->rows, d_layout->cols, transa ? a_layout->rows : a_layout->cols,

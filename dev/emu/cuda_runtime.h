@@ -404,7 +404,8 @@ inline void on_fault(int number, siginfo_t *info, void *) {
     auto distance = [p](const void *start, size_t bytes) { return p - (uintptr_t)start - bytes; };       // wraps around before the end
     auto past = [&](const void *start, size_t bytes) { return distance(start, bytes) < 2 * kPage; };
     if (info->si_code == SI_KERNEL) stop("misaligned access of a vector type (a float4 lies at a multiple of 16 bytes), or a wild pointer");
-    if (p < kPage) stop("null pointer (address %zu)", (size_t)p);
+    const char *hint = ". If this is an extern __shared__ array: the launch gives it no bytes, they are the third number in <<<>>>";
+    if (p < kPage) stop("null pointer (address %zu)%s", (size_t)p, w->dynamic_bytes ? "" : hint);
     if (p < stack && stack - p <= kPage) stop("the stack of a CUDA thread, %zu KB, is full", kStackBytes >> 10);
     for (auto &v : w->shared_variables) if (past(v.memory, v.bytes)) {
         stop("out of bounds: %zu bytes past the end of __shared__ %s, which has %zu bytes", distance(v.memory, v.bytes), v.name, v.bytes);

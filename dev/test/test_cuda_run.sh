@@ -1,6 +1,6 @@
 #!/bin/sh
-# test_cuda_run.sh: whole runs of the CUDA trainer (on the emulator) against runs of ./train_qwen on the default corpus. From the repository root, after
-# `make tiny_baike`; build/emu/train_bf16 and build/emu/train_fp32 are train_qwen.cu in both precisions.
+# test_cuda_run.sh: whole runs of the CUDA trainer (on the emulator) against runs of ./train_qwen on the default corpus. From the
+# repository root, after `make tiny_baike`; build/emu/train_bf16 and build/emu/train_fp32 are train_qwen.cu in both precisions.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export OMP_WAIT_POLICY=passive
@@ -12,7 +12,8 @@ values() { sed -n "s/.*\"$2\":\([^,}]*\).*/\1/p" "$work/$1/log.jsonl"; }
 # close A B KEY TOLERANCE: every number KEY of both logs, relative
 close() {
     values "$1" "$3" > "$work/a"; values "$2" "$3" > "$work/b"
-    worst=$(paste "$work/a" "$work/b" | awk '{ d = $1 / $2 - 1; if (d < 0) d = -d; if (d > m) m = d } NF != 2 || d != d { m = "nan" } END { if (NR == 0) m = "nan"; print m }')
+    worst=$(paste "$work/a" "$work/b" | awk '{ d = $1 / $2 - 1; if (d < 0) d = -d; if (d > m) m = d }
+        NF != 2 || d != d { m = "nan" } END { if (NR == 0) m = "nan"; print m }')
     awk -v worst="$worst" -v most="$4" 'BEGIN { exit !(worst != "nan" && worst <= most) }'
     check $? "$1 and $2: $3 differs by at most $worst (allowed $4)"
 }

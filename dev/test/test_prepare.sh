@@ -101,11 +101,29 @@ equal "Baidu Baike" "$(text "$D/baike/train.bin")" '青蛙|食性|吃虫。|跳�
 printf '{"文件名":"a","段落":[{"行号":0,"内容":"一。"},{"行号":2,"内容":"二。"}]}\n' > "$D/m.jsonl"
 prep mnbvc "$D/m.jsonl"
 equal "MNBVC" "$(text "$D/mnbvc/train.bin")" '一。|二。<|im_end|>|'
+printf '{"text":"SkyPile page\\nsecond line"}\n' > "$D/sky.jsonl"
+prep sky "$D/sky.jsonl"
+equal "SkyPile" "$(text "$D/sky/train.bin")" 'SkyPile page|second line<|im_end|>|'
+gzip -c "$D/lines.jsonl" | gzip -dc | "$P" --val-fraction 0 --out "$D/gz" - > /dev/null
+same_file "gzip through a pipe" "$D/lines/train.bin" "$D/gz/train.bin"
+gzip -c "$D/lines.jsonl" > "$D/lines.jsonl.gz"
+fails "gzip itself says what to do" "compressed (gzip)" "$P" --out "$D/x" "$D/lines.jsonl.gz"
+if command -v zstd > /dev/null; then
+    zstd -q -c "$D/lines.jsonl" | zstd -dc | "$P" --val-fraction 0 --out "$D/zst" - > /dev/null
+    same_file "zstd through a pipe" "$D/lines/train.bin" "$D/zst/train.bin"
+else echo "SKIP  zstd is not here"; fi
+printf '\377\376{\0"\0' > "$D/utf16.json"
+fails "UTF-16" "is UTF-16" "$P" --out "$D/x" "$D/utf16.json"
 printf '{"a":{"b":"deep"},"text":"not this"}\n' > "$D/f.jsonl"
 prep field --field a.b "$D/f.jsonl"
 equal "--field" "$(text "$D/field/train.bin")" 'deep<|im_end|>|'
 prep eos --eos '<|endoftext|>' "$D/1.jsonl"
 equal "--eos" "$(ids "$D/eos/train.bin" | sed 's/.* //')" "151643"
+printf '{"text":"Ａ１，ﬁ①㈱ e\\u0301 ｶﾞ ㎏"}\n' > "$D/k.jsonl"
+prep nfc "$D/k.jsonl"
+equal "NFC by default, as Qwen" "$(text "$D/nfc/train.bin")" 'Ａ１，ﬁ①㈱ é ｶﾞ ㎏<|im_end|>|'
+prep nfkc --nfkc "$D/k.jsonl"
+equal "--nfkc" "$(text "$D/nfkc/train.bin")" 'A1,fi1(株) é ガ kg<|im_end|>|'
 printf '{"text":"x <|im_end|> y <|endoftext|>"}\n' > "$D/c.jsonl"
 prep control "$D/c.jsonl"
 equal "T10: control text in documents stays text" "$(ids "$D/control/train.bin")" "$(tokens_of 'x <|im_end|> y <|endoftext|>') 151645"
@@ -136,8 +154,20 @@ prep inject "$D/s.jsonl"
 equal "T10: control text of the user; a line break at the start of content" "$(ids "$D/inject/train.bin")" \
     "$IM 872 $NL $(tokens_of '<|im_start|>system') $END $NL $IM 77091 $NL $NL* $(stars "$OK") $END*"
 printf '{"instruction":"hi","output":"ok"}\n' > "$D/s.jsonl"
+prep qwen25 --template qwen2.5 "$D/s.jsonl"
+equal "--template qwen2.5 has a system message" "$(text "$D/qwen25/train.bin")" \
+    '<|im_start|>system|You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>|<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
+prep qwen25 --template qwen2.5 --system S "$D/s.jsonl"
+equal "--system replaces it" "$(text "$D/qwen25/train.bin" | cut -c1-31)" '<|im_start|>system|S<|im_end|>|'
+printf '[\n  {\n    "instruction": "你是谁？",\n    "input": "",\n    "output": "我是助手。"\n  },\n  {\n    "instruction": "解释",\n    "input": "光",\n    "output": "波。"\n  }\n]\n' > "$D/alpaca.json"
+prep alpaca "$D/alpaca.json"
+equal "Alpaca-zh, self_cognition: a pretty-printed array" "$(text "$D/alpaca/train.bin")" \
+    '<|im_start|>user|你是谁？<|im_end|>|<|im_start|>assistant|⟦我是助手。<|im_end|>⟧|<|im_start|>user|解释|光<|im_end|>|<|im_start|>assistant|⟦波。<|im_end|>⟧|'
+prep mini2 --template mini_llm "$D/alpaca.json"
+equal "--template mini_llm: the prompt's tokens are those of the whole prompt" "$(ids "$D/mini2/train.bin" | tr '\n' '|')" \
+    "$(tokens_of '你是一个助手 用户: 你是谁？  回答: ') $(stars "$(tokens_of '我是助手。')") $END*|$(tokens_of '你是一个助手 用户: 解释 光 回答: ') $(stars "$(tokens_of '波。')") $END*|"
 prep mini --template mini_llm "$D/s.jsonl"
-equal "--template mini_llm" "$(text "$D/mini/train.bin")" '##提问:|hi|##回答:|⟦ok<|im_end|>⟧|'
+equal "--template mini_llm" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
 prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
 equal "--template none" "$(text "$D/none/train.bin")" 'hi⟦ok<|endoftext|>⟧|'
 printf '{"prompt":"hi","chosen":"ok","rejected":"hi"}\n' > "$D/d.jsonl"
@@ -199,6 +229,7 @@ bad "wrong type"      '{"text":["a"]}' "wrong type"
 bad "missing field"   '{"txt":"a"}' "missing field"
 bad "empty"           '{"text":""}' "empty text"
 bad "white space"     '{"text":" \\n\0343\0200\0200"}' "empty text"
+bad "NUL in a key"    '{"text\\u0000":"a"}' "malformed JSON"
 bad "a number"        '17' "wrong type"
 bad "garbage"         'hello {' "malformed JSON"
 bad "deep nesting"    "$(printf '{"text":%s1}' "$(printf '%0300d' 0 | tr 0 '[')")" "malformed JSON"
@@ -208,14 +239,29 @@ skips "conversations: role, list, content" "dropped: 3 records: 1 null field, 1 
 printf 'fine\n\n\377\n\nfine too\n' > "$D/u.txt"
 prep utf8 "$D/u.txt"
 skips "text: invalid UTF-8 drops one document" "u.txt:3: skipped, invalid UTF-8" 2
-{ echo '{"text":"before"}'; printf '{"text":"'; head -c 70000000 /dev/zero | tr '\0' a; printf '"}\n{"text":"after"}\n'; } > "$D/huge.jsonl"
+{ echo '{"text":"before"}'; printf '{"text":"'; head -c 20000000 /dev/zero | tr '\0' a; printf '"}\n{"text":"after"}\n'; } > "$D/huge.jsonl"
 prep huge "$D/huge.jsonl"
-skips "a record of 70 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 64 MB" 2
+skips "a record of 20 MB is dropped, its neighbours stay" "huge.jsonl:2: .*longer than 16 MB" 2
 rm "$D/huge.jsonl"
-yes 'The same line, again and again.' | head -c 17000000 > "$D/big.txt"
+yes 'The same line, again and again.' | head -c 9000000 > "$D/big.txt"
 prep bigtext "$D/big.txt"
-equal "a text of 17 MB is cut at a line end" "$(documents "$D/bigtext/train.bin")" 2
+equal "a text of 9 MB is cut at a line end" "$(documents "$D/bigtext/train.bin")" 2
 rm -r "$D/bigtext" "$D/big.txt"
+
+printf '﻿{"text":"mark in the middle"}\n' | cat "$D/1.jsonl" - > "$D/marked.jsonl"
+prep marked "$D/marked.jsonl"
+skips "a byte order mark in the middle, where files were joined" "dropped: 0" 2
+
+echo "--- many documents"
+awk 'BEGIN { srand(1); for (i = 0; i < 20000; i++) { n = 100 + int(rand() * 801); t = ""
+    for (k = 9; k <= n; k += 9) t = t "第" int(rand() * 10) "章，天地玄黄。"; for (k -= 9; k < n; k++) t = t "x"; if (i % 97 == 0) t = t " <|im_end|>"
+    printf "{\"text\": \"%s\"}\n", t } }' > "$D/20000.jsonl"
+"$P" --val-fraction 0.05 --shard-tokens 1000000 --out "$D/20000" "$D/20000.jsonl" > "$D/log"
+ends() { for f in "$1"/*.bin; do [ "$f" = "$1/tokenizer.bin" ] || tail -c +257 "$f" | od -An -v -tu4 -w4; done |
+    awk '{ id = $1 % 16777216; ends += id == 151645; if ($1 >= 1073741824) begins++ } END { print begins, ends }'; }
+equal "20000 documents have 20000 end markers, over shards and val.bin" "$(ends "$D/20000")" "20000 20000"
+equal "and the headers say so" "$(for f in "$D"/20000/train_*.bin "$D/20000/val.bin"; do documents "$f"; done | awk '{ n += $1 } END { print n }')" 20000
+rm -r "$D/20000"
 
 echo "--- filters, split, shards"
 prep dedup --dedup "$D/lines.jsonl" "$D/lines.jsonl" "$D/1.jsonl"
@@ -294,6 +340,62 @@ code=$?
 exec 3>&-
 equal "interrupted: exit code, one line, no file" "$code $(grep -c 'interrupted' "$D/log") $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
 
+# sleep_until FILE: waits until it is there and not empty
+sleep_until() { i=0; while [ ! -s "$1" ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; }
+for shards in 0 100000; do
+    cp -r "$D/full" "$D/killed"
+    "$P" --shard-tokens $shards --out "$D/killed" - < "$D/fifo" > /dev/null 2>&1 &
+    pid=$!
+    exec 3> "$D/fifo"
+    cat "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" >&3
+    name=train; [ $shards -gt 0 ] && name=train_00001
+    sleep_until "$D/killed/$name.bin.tmp"
+    kill -KILL $pid
+    wait $pid 2> /dev/null
+    exec 3>&-
+    equal "killed: unfinished files are called .tmp (--shard-tokens $shards)" "$(ls "$D/killed" | grep -v -c 'tmp$')" 3
+    same_file "and the files of the run before are whole" "$D/full/train.bin" "$D/killed/train.bin"
+    "$P" --val-fraction 0 --out "$D/killed" "$D/lines.jsonl" > /dev/null
+    equal "the next run removes them" "$(ls "$D/killed" | tr '\n' ' ')" "tokenizer.bin train.bin "
+    rm -r "$D/killed"
+done
+"$P" --out "$D/lock" - < "$D/fifo" > /dev/null 2>&1 &
+exec 3> "$D/fifo"
+printf '{"text":"a"}\n' >&3
+sleep 0.5
+fails "two runs in one directory" "another prepare" "$P" --out "$D/lock" "$D/1.jsonl"
+exec 3>&-
+wait
+
+echo "--- prepare_mini_llm.sh"
+raw="$D/raw files"; mkdir -p "$raw/wiki pedia" "$raw/sky/data" "$raw/belle"
+printf '[{"completion":"昭通机场是位于云南的机场。","source":"wikipedia.zh2307"},{"completion":"第二篇。","source":"wikipedia.zh2307"}]' > "$raw/wiki pedia/wikipedia-cn-20230720-filtered.json"
+printf '{"title":"红色食品","summary":"%s","sections":[{"title":"简介","content":"治疗作用。"}],"tags":["食品"],"url":"x"}\n{"title":"空","summary":"","sections":[],"tags":[],"url":"x"}\n' \
+    "多吃红色食品可预防感冒。红色食品有红柿椒、西红柿、胡萝卜、红心白薯、山楂、红苹果、草莓、红枣、老南瓜、红米、柿子等。" > "$raw/563w_baidubaike.json"
+for i in 0 1 2; do printf '{"text":"网页 %d 的正文。"}\n{"text":"另一页 %d。"}\n' $i $i > "$raw/sky/data/2020-40_zh_head_000$i.jsonl"; done
+printf '{"instruction":"问%d","input":"","output":"答。"}\n' 1 2 > "$raw/belle/Belle_open_source_1M.json"
+printf '{"instruction":"问3","input":"","output":"答。"}\n' > "$raw/belle/train_2M_CN.json"
+printf '[\n {"instruction":"问1","input":"","output":"答。"},\n {"instruction":"长","input":"","output":"%%0600d"}]\n' 1 | sed "s/%0600d/$(printf '%0600d' 1)/" > "$raw/alpaca_gpt4_data_zh.json"
+printf '[{"prompt":"问","chosen":"好。","reject":"坏。"}]' > "$raw/my_dpo_train.json"
+mini() { PREPARE="$P" OUT="$D/mini_llm" sh dev/scripts/prepare_mini_llm.sh "$@" > "$D/log" 2>&1; code=$?; }
+SKY_FILES=2; export SKY_FILES
+mini "$raw"
+equal "all parts" "$code $(cd "$D" && ls mini_llm mini_llm_sft mini_llm_dpo | grep 'bin$' | tr '\n' ' ')" \
+    "0 tokenizer.bin train_baike.bin train_sky_2020-40_zh_head_0000.bin train_sky_2020-40_zh_head_0001.bin train_wiki.bin tokenizer.bin train.bin tokenizer.bin train.bin "
+equal "their documents" "$(for f in "$D"/mini_llm/train_*.bin "$D/mini_llm_sft/train.bin" "$D/mini_llm_dpo/train.bin"; do documents "$f"; done | tr '\n' ' ')" "1 2 2 2 3 2 "
+equal "MINI_LLM's own prompt" "$(text "$D/mini_llm_dpo/train.bin")" '你是一个助手 用户: 问  回答: ⟦好。<|im_end|>⟧|你是一个助手 用户: 问  回答: ⟦坏。<|im_end|>⟧|'
+mini "$raw"
+equal "again: nothing is made twice" "$code $(grep -c 'made before' "$D/log")" "0 6"
+rm "$D/mini_llm/parts/baike/made_from"; echo '{"text":"one more"}' >> "$raw/sky/data/2020-40_zh_head_0001.jsonl"
+mini "$raw"
+equal "an interrupted part and a changed file are made again" "$code $(grep -c 'made before' "$D/log") $(documents "$D/mini_llm/train_sky_2020-40_zh_head_0001.bin")" "0 4 3"
+rm "$raw/my_dpo_train.json" "$raw/wiki pedia/wikipedia-cn-20230720-filtered.json"; SKY_FILES=1
+mini "$raw"
+equal "missing files are named, the rest is made" "$code $(grep -c '^missing' "$D/log") $(ls "$D/mini_llm" | grep -c sky)" "2 3 1"
+mini --check "$D/nothing"
+equal "no such directory" "$code $(tail -n 1 "$D/log")" "1 $D/nothing is no directory"
+unset SKY_FILES
+
 echo "--- mistakes"
 fails "no input" "no input" "$P" --out "$D/x"
 fails "no --out" "out is missing" "$P" "$D/l.jsonl"
@@ -308,6 +410,10 @@ fails "--val-fraction 1" "must be below 1" "$P" --val-fraction 1 --out "$D/x" "$
 fails "nothing kept" "nothing was kept of 3" "$P" --min-chars 100 --out "$D/x" "$D/l.jsonl"
 : > "$D/empty.jsonl"
 fails "an empty file" "nothing was kept of 0" "$P" --out "$D/x" "$D/empty.jsonl"
+printf '{"text":"\326\320\316\304"}\n' > "$D/gbk.jsonl"
+fails "GBK" "is it GBK" sh -c "'$P' --out '$D/x' '$D/gbk.jsonl' 2>&1 | tail -n 1 >&2; exit 1"
+printf 'version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n' > "$D/lfs.json"
+fails "a git-lfs pointer" "git lfs pull" "$P" --out "$D/x" "$D/lfs.json"
 fails "text for sft" "plain text" "$P" --task sft --out "$D/x" "$D/t.txt"
 fails "a token file as input" "is a token file already" "$P" --out "$D/x" "$D/full/train.bin"
 printf 'PAR1xxxx' > "$D/x.parquet"

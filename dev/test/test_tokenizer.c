@@ -415,7 +415,7 @@ void test_pieces(void) {
         const Json *piece = pieces->child;
         size_t at = 0, next;
         for (; at < text.len; at = next) {
-            next = split_next(text.data, at, text.len);
+            next = split_next(NULL, text.data, at, text.len);
             bool same = piece && piece->len == next - at && memcmp(piece->text, text.data + at, next - at) == 0;
             expect(same, "%s: piece '%.*s', expected '%s'", table.rows[r][0], (int)(next - at), text.data + at,
                    piece ? piece->text : "(end)");
@@ -584,6 +584,125 @@ void test_vocabulary(const Tokenizer *t) {
     free(ids.ids);
     bpe_free(&work);
     group_end("every token encodes to itself");
+}
+
+// The rule as tiktoken has it, without any shortcut: merge the two neighbours that together are the token of the lowest rank, the first of
+// equals. The parts of piece are piece[cut[i]..cut[i + 1]).
+void rule_encode(const Tokenizer *t, const char *piece, size_t len, TokenList *out) {
+    size_t *cut = (size_t *)xmalloc((len + 1) * sizeof(size_t)), parts = len;
+    for (size_t i = 0; i <= len; i++) cut[i] = i;
+    for (;;) {
+        uint32_t lowest = NO_TOKEN;
+        size_t at = 0;
+        for (size_t i = 0; i + 1 < parts; i++) {
+            uint32_t rank = token_find(t, piece + cut[i], cut[i + 2] - cut[i]);
+            if (rank < lowest) lowest = rank, at = i;
+        }
+        if (lowest == NO_TOKEN) break;
+        memmove(cut + at + 1, cut + at + 2, (parts - at - 1) * sizeof(size_t));
+        parts--;
+    }
+    for (size_t i = 0; i < parts; i++) token_list_push(out, token_find(t, piece + cut[i], cut[i + 1] - cut[i]));
+    free(cut);
+}
+
+void expect_rule(const Tokenizer *t, Text text) {
+    TokenList expected = { NULL, 0, 0 }, got = encode(t, text.data, text.len, SPECIALS_AS_TEXT);
+    text = normalized(text);
+    for (size_t at = 0, next; at < text.len; at = next) {
+        next = split_next(NULL, text.data, at, text.len);
+        rule_encode(t, text.data + at, next - at, &expected);
+    }
+    size_t i = 0;
+    while (i < got.count && i < expected.count && got.ids[i] == expected.ids[i]) i++;
+    expect(ids_equal(got, expected), "'%s' of %d ranks: token %zu is %u, by the rule %u", text.data, t->num_ranks, i,
+           i < got.count ? got.ids[i] : NO_TOKEN, i < expected.count ? expected.ids[i] : NO_TOKEN);
+    free(text.data);
+    free(expected.ids);
+    free(got.ids);
+}
+
+// A token of the list, its first and last character completed by random bytes if it has only a part of them.
+void add_completed(Text *text, const Tokenizer *t, uint32_t id) {
+    size_t len;
+    const char *bytes = tokenizer_bytes(t, id, &len);
+    size_t continued = 0, last = len;
+    while (continued < len && ((unsigned char)bytes[continued] & 0xC0) == 0x80) continued++;
+    if (continued == 1 || continued == 2) {
+        char first[2] = { (char)(0xE3 + random_below(7)), (char)(0x80 + random_below(64)) };
+        text_add(text, first, 3 - continued);
+    }
+    text_add(text, bytes, len);
+    while (last > 0 && ((unsigned char)bytes[last - 1] & 0xC0) == 0x80) last--;
+    if (last == 0) return;
+    for (int missing = utf8_length((unsigned char)bytes[last - 1]) - 1 - (int)(len - last); missing > 0; missing--) {
+        char c = (char)(0x80 + random_below(64));
+        text_add(text, &c, 1);
+    }
+}
+
+// full: the vocabulary the tokens are taken from. With the trimmed one in turn, so that the thread's memory of words must not mix them.
+void test_rule(const Tokenizer *full, const Tokenizer *small) {
+    uint32_t *dense = (uint32_t *)xmalloc((size_t)full->num_ranks * sizeof(uint32_t)), num_dense = 0;    // begin with a Han character
+    for (uint32_t r = 0; r < (uint32_t)full->num_ranks; r++) {
+        size_t len;
+        unsigned char first = (unsigned char)*tokenizer_bytes(full, r, &len);
+        if (first >= 0xE4 && first <= 0xE9) dense[num_dense++] = r;
+    }
+    CHECK(num_dense > 20000, "%u tokens begin with a Han character", num_dense);
+    for (int round = 0; round < 30000; round++) {
+        Text text = { NULL, 0, 0 };
+        text_add(&text, "", 0);
+        int kind = round % 3, count = 1 + (int)random_below(5);
+        for (int i = 0; i < count; i++) {
+            uint32_t any = random_below((uint32_t)full->num_ranks), han = dense[random_below(num_dense)];
+            add_completed(&text, full, kind == 0 || (kind == 1 && random_below(4) == 0) ? any : han);
+        }
+        expect_rule(round % 500 < 400 ? full : small, text);
+    }
+    for (int r = 0; r < full->num_ranks; r++) {    // every token that is not whole characters, between others
+        size_t len;
+        const char *bytes = tokenizer_bytes(full, (uint32_t)r, &len);
+        uint32_t c;
+        bool is_whole = true;
+        for (size_t at = 0; at < len && is_whole;) {
+            int n = utf8_decode(bytes + at, len - at, &c);
+            is_whole = n > 0;
+            at += (size_t)n;
+        }
+        for (int i = 0; i < 8 && !is_whole && len > 1; i++) {
+            Text text = { NULL, 0, 0 };
+            if (i % 2) add_completed(&text, full, dense[random_below(num_dense)]);
+            add_completed(&text, full, (uint32_t)r);
+            if (i % 4 > 1) add_completed(&text, full, dense[random_below(num_dense)]);
+            expect_rule(full, text);
+        }
+    }
+    for (int round = 0; round < 3000; round++) expect_rule(round % 300 < 150 ? full : small, random_text(random_below(12), round % 2));
+    free(dense);
+    group_end("the same tokens as the rule gives without shortcuts");
+}
+
+// The shortcuts are taken: Chinese is cut into words, and letters of ASCII are not.
+void test_words(const Tokenizer *t) {
+    static const char *const texts[2] = { "我们在北京大学研究生命起源和中华人民共和国的历史", " international" };
+    int pieces[2] = { 0, 0 }, words[2] = { 0, 0 };
+    for (int i = 0; i < 2; i++) {
+        size_t len = strlen(texts[i]);
+        for (size_t at = 0; at < len; pieces[i]++) at = split_next(NULL, texts[i], at, len);
+        for (size_t at = 0; at < len; words[i]++) at = split_next(&t->borders, texts[i], at, len);
+    }
+    expect(pieces[0] == 1 && words[0] >= 5, "%d piece of Chinese, %d words", pieces[0], words[0]);
+    expect(pieces[1] == 1 && words[1] == 1, "%d piece of English, %d words", pieces[1], words[1]);
+    for (uint32_t c = 0; c < 0x110000; c++) {    // the class of a first byte is that of all its characters
+        char text[4];
+        if (c >= 0xD800 && c < 0xE000) continue;
+        utf8_encode(c, text);
+        int bits = unicode_first[(unsigned char)text[0]], length;
+        expect(bits == UNICODE_MIXED || bits == unicode_bits(c), "U+%04X: %d by its first byte, %d", c, bits, unicode_bits(c));
+        expect((int)split_class(text, &length) == (unicode_bits(c) & 3) && length == utf8_length((unsigned char)text[0]), "U+%04X", c);
+    }
+    group_end("words of a piece, classes by the first byte");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -1009,6 +1128,8 @@ int main(void) {
     test_round_trip(t, "decode(encode(x)) = NFC(x), any bytes");
     test_threads(t);
     Tokenizer *small = trimmed(t);
+    test_words(t);
+    test_rule(t, small);
     test_trim(t, small);
     test_round_trip(small, "the same with the trimmed vocabulary");
     test_formats(t, small);

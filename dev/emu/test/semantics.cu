@@ -848,6 +848,18 @@ void test_cublas_refusals(cublasLtHandle_t lt) {
     check(multiply(pa.p, a, pd.p + 1, d, &found[1].algo, 0) == CUBLAS_STATUS_INVALID_VALUE,
         "cublasLt refuses a pointer that is not aligned as promised");
     check(multiply(pa.p, a, pa.p + 4, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE, "cublasLt refuses a D that overlaps A");
+    cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    const float *biases[2] = {pb.p, pb.p + 1};                   // the bias that is set when an algorithm is chosen tells its alignment
+    cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
+    for (int i = 0; i < 2; i++) {
+        cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &biases[i], sizeof biases[i]);
+        cublasLtMatmulAlgoGetHeuristic(lt, op, a, b, d, d, preference, 2, found, &count);
+        cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &biases[1], sizeof biases[1]);
+        check(multiply(pa.p, a, pd.p, d, &found[1].algo, 0) == (i ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE),
+            i ? "cublasLt takes a bias of 4 byte alignment" : "cublasLt refuses a bias less aligned than the one at the choice");
+    }
+    epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+    cublasLtMatmulDescSetAttribute(op, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue);
     check(multiply(&one, a, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE, "cublasLt refuses host memory");
     check(multiply(pa.p + 4, a, pd.p, d, NULL, 0) == CUBLAS_STATUS_INVALID_VALUE,
         "cublasLt refuses a matrix that ends beyond its allocation");

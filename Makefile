@@ -127,7 +127,8 @@ build/sanitized_%: dev/test/%.c build/flags
 # The CUDA code without a GPU: the check against the CPU in both precisions and several orders of threads, the kernels in isolation, and the
 # emulator's own tests. test-emu-asan and test-emu-tsan do the first with sanitizers, on a few cases.
 KERNELS := $(patsubst dev/cuda/%.cu,%,$(wildcard dev/cuda/*.cu))
-EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/train_bf16 build/emu/train_fp32 build/emu/align_bf16 build/emu/align_fp32 build/emu/semantics build/emu/nccl_test
+EMU_TESTS := $(KERNELS:%=build/emu/%) build/emu/test_bf16 build/emu/test_fp32 build/emu/train_bf16 build/emu/train_fp32 build/emu/align_bf16 build/emu/align_fp32 \
+    build/emu/chat_fp32 build/emu/evaluate_fp32 build/emu/semantics build/emu/nccl_test
 RUN_EMU := OMP_WAIT_POLICY=passive
 $(KERNELS:%=build/%): build/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/cuda_flags
 	$(CUDACC) $(FLAGS_$(PRECISION)) $< -o $@
@@ -137,6 +138,8 @@ build/emu/align_%: dev/test/test_align.cu dev/test/test_align.c $(CUDA_SOURCES) 
 	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
 build/emu/train_%: train_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_$*) $< -o $@
+build/emu/chat_fp32 build/emu/evaluate_fp32: build/emu/%_fp32: build/%.cu dev/chat.c dev/data/chat_template.h $(wildcard dev/eval/*.[ch]) $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
+	$(EMUCC) -O1 $(ARCH) $(WHOLE) $(FLAGS_fp32) $< -o $@
 build/emu/%: dev/cuda/%.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 	$(EMUCC) -O1 $(ARCH) $(WHOLE) $< -o $@
 build/emu/%: dev/emu/test/%.cu $(EMU_SOURCES) build/flags
@@ -145,7 +148,7 @@ build/emu/asan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 	$(EMUCC) -O1 -g -fsanitize=address,undefined $< -o $@
 build/emu/tsan: test_qwen.cu $(CUDA_SOURCES) $(EMU_SOURCES) build/flags
 	CXX=clang++ dev/emu/emucc -O1 -g -fsanitize=thread $< -o $@
-test-emu: train_qwen $(TINY)/train.bin | build
+test-emu: train_qwen chat evaluate $(TINY)/train.bin | build
 	$(MAKE) -s -j2 $(EMU_TESTS)
 	for order in 0 1 2 3; do EMU_ORDER=$$order $(RUN_EMU) build/emu/test_bf16 > build/emu/log || { grep FAIL build/emu/log; exit 1; }; \
 	    [ $$order = 0 ] && cp build/emu/log build/emu/log0; cmp build/emu/log0 build/emu/log || exit 1; \
@@ -159,6 +162,7 @@ test-emu: train_qwen $(TINY)/train.bin | build
 	for own in semantics nccl_test; do $(RUN_EMU) build/emu/$$own > build/emu/log 2>&1 || { cat build/emu/log; exit 1; }; \
 	    echo "dev/emu/test/$$own.cu: $$(tail -n 1 build/emu/log)"; done
 	sh dev/test/test_cuda_run.sh
+	sh dev/test/test_cuda_programs.sh
 	bash dev/emu/test/bugs.sh build/emu
 test-emu-asan: build/emu/asan
 	@for case in odd "of 64" "of 128" "300 rows"; do \
@@ -171,13 +175,13 @@ test-emu-tsan:
 	    echo "test_qwencu with thread sanitizer, $$case: $$(tail -n 1 build/emu/log)"; done
 
 # nvcc compiles everything, without a warning, for Ampere, Hopper and the newest it knows; no kernel of the trainer may spill registers.
-test-nvcc: | build
+test-nvcc: build/chat.cu build/evaluate.cu | build
 	@command -v nvcc > /dev/null || { echo "SKIP nvcc is not here"; exit 0; }; \
 	    for flags in "" -DQWEN_FP32; do for arch in sm_80 sm_90 $$(nvcc --list-gpu-code | tail -n 1); do \
 	        nvcc $(NVCC_FLAGS) $$flags -arch=$$arch -Werror all-warnings -Xptxas -v -cubin -o build/emu/cubin train_qwen.cu 2> build/emu/ptxas || \
 	            { cat build/emu/ptxas; exit 1; }; \
 	        VERBOSE=$$([ "$$arch$$flags" = sm_80 ] && echo 1) sh dev/cuda/registers.sh $$arch "$$flags" < build/emu/ptxas || exit 1; done; done; \
-	    for source in test_qwen.cu $(KERNELS:%=dev/cuda/%.cu); do \
+	    for source in test_qwen.cu build/chat.cu build/evaluate.cu $(KERNELS:%=dev/cuda/%.cu); do \
 	        nvcc -O1 -std=c++17 -Xcompiler -fopenmp,-Wno-unknown-pragmas -arch=sm_80 -Werror all-warnings -c -o build/emu/object $$source && echo "ok   nvcc: $$source" || exit 1; done
 # On a machine with a GPU: the check in this PRECISION, for real.
 test-gpu: $(if $(GPU),test_qwencu)

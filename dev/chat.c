@@ -15,6 +15,7 @@
 #include "../train_qwen.c"
 #endif
 #include "data/chat_template.h"
+#include <poll.h>
 #ifdef QWEN_READLINE
 #include <readline/history.h>
 #include <readline/readline.h>
@@ -148,7 +149,8 @@ void chat_add_question(Chat *c, const char *text) {
     Turn *turn = &c->turns[c->num_turns++];
     memset(turn, 0, sizeof *turn);
     turn->question = strdup(text);
-    tokenizer_encode(c->tokenizer, text, strlen(text), chat.raw ? SPECIALS_PARSED : SPECIALS_AS_TEXT, &turn->asked);
+    if (chat.raw) tokenizer_encode(c->tokenizer, text, strlen(text), SPECIALS_PARSED, &turn->asked);
+    else template_question(&c->layout, c->tokenizer, text, strlen(text), &turn->asked);
 }
 
 // Keeps the answer's tokens. Thinking is not kept, as in Qwen3's template: it would fill the context and be imitated.
@@ -169,16 +171,19 @@ void chat_keep_answer(Chat *c, const int *tokens, int count) {
 static volatile sig_atomic_t interrupted;
 void on_interrupt(int signal_number) { interrupted = signal_number; }
 
+// Waits until the terminal has something to read, or Ctrl-C was pressed (then false), also just before this call.
+bool wait_for_input(void) {
+    struct pollfd input = {STDIN_FILENO, POLLIN, 0};
+    while (!interrupted && poll(&input, 1, 100) <= 0) continue;
+    return !interrupted;
+}
+
 #ifdef QWEN_READLINE
 // readline's own signal handling goes on waiting for the line; here Ctrl-C gives it up.
 int read_key(FILE *from) {
     unsigned char key;
-    for (;;) {
-        ssize_t n = read(fileno(from), &key, 1);
-        if (n == 1) return key;
-        if (n == 0 || errno != EINTR) return EOF;
-        if (interrupted) return rl_replace_line("", 0), '\n';
-    }
+    if (!wait_for_input()) return rl_replace_line("", 0), '\n';
+    return read(fileno(from), &key, 1) == 1 ? key : EOF;
 }
 #endif
 
@@ -195,7 +200,8 @@ char *read_line(const Chat *c, const char *prompt) {
     char *line = NULL;
     size_t room = 0;
     if (c->interactive) fputs(prompt, stdout), fflush(stdout);
-    ssize_t length = getline(&line, &room, stdin);
+    bool waiting = !c->interactive || wait_for_input();          // a terminal gives a line at a time, so none is in stdin's buffer
+    ssize_t length = waiting ? getline(&line, &room, stdin) : -1;
     if (length < 0) {
         CHECK(!ferror(stdin) || interrupted, "cannot read the input: %s", strerror(errno));
         clearerr(stdin);

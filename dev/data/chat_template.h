@@ -5,10 +5,10 @@
 //   mini_llm    你是一个助手 用户: question 回答: answer END: MINI_LLM's
 //   none        question answer END
 //
-// A message is template_before, its content, template_after. The special tokens come from here alone; content is always text. Role, \n and
-// content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n. MINI_LLM
-// encodes all before the answer as one text, in which a token may begin with the space before the question: that space counts as content,
-// see template_lead.
+// A message is template_before, template_content, template_after. The special tokens come from here alone; content is always text. Role, \n
+// and content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n.
+// MINI_LLM encodes all before the answer as one text, in which a token may begin with the space before the question: that space counts as
+// content.
 #ifndef CHAT_TEMPLATE_H
 #define CHAT_TEMPLATE_H
 
@@ -41,8 +41,28 @@ void push_tokens(TokenList *out, const TokenList *list, uint32_t flags) {
     for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i] | flags);
 }
 
-// Text that is encoded together with the content, before it.
-const char *template_lead(const ChatTemplate *c, Role role) { return c->kind == TEMPLATE_MINI_LLM && role == ROLE_USER ? " " : ""; }
+// What joins an instruction and its input. MINI_LLM has its space also after an instruction without input.
+const char *template_joint(const ChatTemplate *c) { return c->kind == TEMPLATE_MINI_LLM ? " " : "\n"; }
+
+// Appends the content's tokens, each with the flags.
+void template_content(const ChatTemplate *c, const Tokenizer *t, Role role, const char *text, size_t len, uint32_t flags, TokenList *out) {
+    size_t from = out->count;
+    bool leads = c->kind == TEMPLATE_MINI_LLM && role == ROLE_USER;
+    char *joined = leads ? (char *)xmalloc(len + 1) : NULL;
+    if (leads) joined[0] = ' ', memcpy(joined + 1, text, len);
+    tokenizer_encode_text(t, leads ? joined : text, len + leads, out);
+    for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
+    free(joined);
+}
+
+// The content of a question that stands alone, as prepare writes an instruction without input.
+void template_question(const ChatTemplate *c, const Tokenizer *t, const char *text, size_t len, TokenList *out) {
+    char *joined = (char *)xmalloc(len + 1);
+    memcpy(joined, text, len);
+    if (c->kind == TEMPLATE_MINI_LLM) joined[len++] = *template_joint(c);
+    template_content(c, t, ROLE_USER, joined, len, 0, out);
+    free(joined);
+}
 
 // What stands before and after the content of a message, each token with the flags (of dataloader.h, or 0). Nobody needs template_after of
 // an answer that is still to be made.

@@ -621,7 +621,7 @@ bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
     if (!prompt || prompt->type != JSON_STRING || (!has_input && !is_mini)) return add_messages(d, c, prompt, ROLE_USER, field);
     c->joined.size = 0;
     add_bytes(&c->joined, prompt->text, prompt->len);
-    if (prompt->len > 0) add_bytes(&c->joined, is_mini ? " " : "\n", 1);
+    if (prompt->len > 0) add_bytes(&c->joined, template_joint(&e->chat), 1);
     if (has_input) add_bytes(&c->joined, input->text, input->len);
     return add_message(d, c, ROLE_USER, c->joined.data ? c->joined.data : "", c->joined.size, field);
 }
@@ -634,11 +634,7 @@ void encode_conversation(const Encoder *e, const Conversation *c, int first_trai
         const Message *m = &c->list[i];
         uint32_t flags = m->role == ROLE_ASSISTANT && i >= first_trained ? 0 : TOKEN_NO_LOSS;
         template_before(&e->chat, m->role, i == 0, TOKEN_NO_LOSS, out);
-        Text text = {NULL, 0, 0};
-        add_bytes(&text, template_lead(&e->chat, m->role), strlen(template_lead(&e->chat, m->role)));
-        if (text.size > 0) add_bytes(&text, m->text, m->len);
-        encode(e, text.size > 0 ? text.data : m->text, text.size > 0 ? text.size : m->len, flags, out);
-        free(text.data);
+        template_content(&e->chat, e->tokenizer, m->role, m->text, m->len, flags, out);
         template_after(&e->chat, m->role, flags, out);
     }
     if ((out->ids[out->count - 1] & TOKEN_ID_MASK) != e->end_id) token_list_push(out, e->end_id | TOKEN_NO_LOSS);

@@ -77,13 +77,14 @@ class Reference:
         if self.template == "chatml":
             return [*self.ids("<|im_start|>"), *self.ids("user"), *self.ids("\n")], \
                 [*self.ids("<|im_end|>"), *self.ids("\n"), *self.ids("<|im_start|>"), *self.ids("assistant"), *self.ids("\n")]
-        return (self.ids("##提问:\n"), self.ids("\n##回答:\n")) if self.template == "mini_llm" else ([], [])
+        return (self.ids("你是一个助手 用户:"), self.ids(" 回答: ")) if self.template == "mini_llm" else ([], [])
 
     def prompt_ids(self, layout, chinese, examples, question):
         before, after = self.around()
         room = self.context - len(before) - len(after)
         for skipped in range(len(examples) + 1):
-            content = self.ids(make_prompt(layout, chinese, examples[skipped:], question))
+            prompt = make_prompt(layout, chinese, examples[skipped:], question)
+            content = self.ids(f" {prompt} " if self.template == "mini_llm" else prompt)     # spaces of "用户: {instruction} {input} 回答:"
             if len(content) <= room:
                 break
         return before + content[-room:] + after

@@ -32,7 +32,7 @@ SETTINGS = {"zero": (0, "none", 0, 40), "two": (2, "none", 0, 0), "short": (2, "
 
 def make_model():
     texts = [{"text": path.read_text(encoding="utf-8-sig")} for path in sorted(FOLDER.glob("c*/*/*.csv"))]
-    texts += [{"text": "以下是关于病毒学的单项选择题，请直接给出正确答案的选项。题目：答案是：中国历史 ##提问:\n##回答:\n"},
+    texts += [{"text": "以下是关于病毒学的单项选择题，请直接给出正确答案的选项。题目：答案是：中国历史 你是一个助手 用户: 回答: "},
               {"text": "以下是中国关于法学、大学物理、计算机网络考试的单项选择题，请选出其中的正确答案。\n\n答案：A"}]
     pairs = [{"instruction": "时间的单位是什么？", "output": "秒。"}, {"instruction": "唐朝的都城是哪里？", "output": "长安，就是今天的西安。" * 9}]
     with tempfile.TemporaryDirectory() as work:

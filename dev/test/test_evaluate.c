@@ -61,11 +61,13 @@ void check_setting(const Json *expected, const char *name) {
         double subjects[4] = {0}, sum = 0;
         int i = 0;
         for (const Json *s = json_get(ceval, "subjects")->child; s; s = s->next) sum += subjects[i++] = number(s, "accuracy");
-        bool ok = i == 4 && number(accuracy, "STEM") == (subjects[0] + subjects[1]) / 2 && number(accuracy, "Hard") == subjects[1] &&
+        bool ok = i == 4 && fabs(number(accuracy, "STEM") - (subjects[0] + subjects[1]) / 2) < 1e-3 && number(accuracy, "Hard") == subjects[1] &&
                   number(accuracy, "Humanities") == subjects[2] && fabs(number(accuracy, "all") - sum / 4) < 1e-3 && !json_get(accuracy, "Other");
         check(ok, "C-Eval's averages: STEM, Humanities and Hard over their subjects, all over all");
-        check(number(json_get(cmmlu, "accuracy"), "China specific") == number(json_get(cmmlu, "accuracy"), "Humanities") &&
-              number(json_get(cmmlu, "accuracy"), "STEM") == 100 && !json_get(json_get(cmmlu, "accuracy"), "Hard"), "CMMLU's averages");
+        const Json *virology = json_get(cmmlu, "subjects")->child, *history = virology->next;
+        accuracy = json_get(cmmlu, "accuracy");
+        check(number(accuracy, "China specific") == number(history, "accuracy") && number(accuracy, "Humanities") == number(history, "accuracy") &&
+              number(accuracy, "STEM") == number(virology, "accuracy") && !json_get(accuracy, "Hard"), "CMMLU's averages");
         check(number(ceval, "fewer_shots") == 0 && number(ceval, "cut") == 0, "nothing was dropped");
     }
     if (strcmp(name, "short") == 0) check(number(ceval, "fewer_shots") > 0 && number(ceval, "cut") == 0, "short: examples were dropped and counted");

@@ -79,7 +79,19 @@ void test_svg(void) {
     svg = read_file(plot.out, NULL);
     check(strstr(svg, ">ms<") && strstr(svg, ">loss<") && strstr(svg, ">ms<") < strstr(svg, ">loss<") && !strstr(svg, "norm"), "--fields ms,loss");
     free(svg);
-    plot.fields = "";
+    log[0] = 0;
+    for (int i = 1; i <= 100; i++) sprintf(log + strlen(log), "{\"step\":%d,\"loss\":%d}\n", i, i % 2 * 2);
+    path = file_with(log);
+    plot.fields = "", plot.smooth = 40, plot.y_min = -1, plot.y_max = 3;
+    plot_runs(&path, 1);
+    svg = read_file(plot.out, NULL);
+    const char *raw = strstr(svg, "opacity=\"0.25\""), *smooth = raw ? strstr(raw, "stroke-width=\"1.8\"") : NULL;
+    top = 12 + 18 + 20;
+    last = path_of("L%.1f %.1f\"", x1, top + LOSS_HEIGHT * 0.75);         // the last one is 0
+    const char *mean = path_of("L%.1f %.1f\"", x1, top + LOSS_HEIGHT * (1 - (1 + 20 / 21.0) / 4));
+    check(smooth && strstr(raw, last) && strstr(raw, last) < smooth && strstr(smooth, mean), "noise behind, the mean over 40 lines in front");
+    free(svg);
+    plot.y_min = plot.y_max = 0;
     plot.log_scale = true;
     path = file_with("{\"step\":1,\"loss\":0,\"x\":1e308,\"y\":-1e308}\n{\"step\":2,\"loss\":-3,\"x\":-1e308,\"y\":5}\n{\"step\":1e15,\"loss\":2}\n");
     plot_runs(&path, 1);

@@ -45,6 +45,8 @@ grep -q '"val_loss":[^,]*,"val_reward_chosen":[^,]*,"val_reward_rejected":[^,]*,
     ok "dpo: validation has rewards, margin and accuracy" || bad "dpo: no validation in the log"
 says "dpo: the next run finds the reference" '^reference from .*/dpo/reference_.*.f64$' $dpo --steps 6 --out "$dir/b"
 same "dpo: and has the same weights" "$dir/a/step_00000006/model.safetensors" "$dir/b/step_00000006/model.safetensors"
+says "dpo: almost no rate" saved $dpo --steps 1 --lr 1e-30 --out "$dir/still"
+grep -q '"val_loss":0.693147' "$dir/still/log.jsonl" && ok "dpo: a model that has not moved has log 2 in validation too" || bad "dpo: $(grep val_loss "$dir/still/log.jsonl")"
 says "dpo: learns its pairs" 'accuracy 100 %' $dpo --epochs 5 --beta 0.5 --out "$dir/long"
 says "dpo: label smoothing" 'saved' $dpo --steps 6 --label-smoothing 0.2 --out "$dir/smooth"
 [ "$(losses "$dir/smooth" | tail -1)" != "$(losses "$dir/a" | tail -1)" ] && ok "dpo: label smoothing changes the loss" || bad "dpo: --label-smoothing does nothing"

@@ -3375,7 +3375,7 @@ Tokenizer *open_checkpoint(Model *m) {
     if (opt.model[0] == 0) opt.model = "out";
     CHECK(find_preset(opt.model) == NULL, "--model %s is a preset without weights; name a checkpoint", opt.model);
     config_of_model(opt.model, &checkpoint);
-    Tokenizer *t = tokenizer_load(checkpoint);
+    Tokenizer *t = model_tokenizer(has_tokenizer(checkpoint) ? checkpoint : base_directory(checkpoint));
     model_load(m, checkpoint);
     CHECK(t->vocab_size <= m->config.V, "%s: the tokenizer has ids up to %d, but the model's vocabulary ends at %d; are these tokenizer "
           "files the model's?", checkpoint, t->vocab_size - 1, m->config.V - 1);

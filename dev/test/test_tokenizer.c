@@ -683,6 +683,35 @@ void test_rule(const Tokenizer *full, const Tokenizer *small) {
     group_end("the same tokens as the rule gives without shortcuts");
 }
 
+// Words of one slot that differ only in their last bytes, or in how many zeros they end with: one must not be taken for the other.
+void test_word_cache(const Tokenizer *t) {
+    typedef struct { char text[16]; size_t len; } Short;
+    Short *seen = (Short *)xcalloc(1 << WORD_BITS, sizeof(Short));
+    int collisions[2] = { 0, 0 };
+    for (uint32_t i = 0; i < 400000; i++) {
+        Short word = { "abcdefgh", 11 };
+        bool is_zeros = i >= 10000;
+        if (is_zeros) {
+            memset(word.text, 0, 16);
+            word.len = 4 + i % 12;
+            for (uint32_t j = 0, rest = i / 12; j < 4; j++, rest /= 15) word.text[j] = (char)('!' + rest % 15);
+        } else {
+            for (uint32_t j = 8, rest = i; j < 11; j++, rest /= 26) word.text[j] = (char)('a' + rest % 26);
+        }
+        Short *slot = &seen[word_hash(word_key(word.text, word.len, 16), word.len) >> (64 - WORD_BITS)], both[2] = { *slot, word };
+        *slot = word;
+        if (memcmp(both[0].text, word.text, is_zeros ? 4 : 8) != 0 || collisions[is_zeros]++ > 50) continue;
+        for (int k = 0; k < 2; k++) {
+            Text text = { NULL, 0, 0 };
+            text_add(&text, both[k].text, both[k].len);
+            expect_rule(t, text);
+        }
+    }
+    expect(collisions[0] > 10 && collisions[1] > 3, "%d and %d collisions", collisions[0], collisions[1]);
+    free(seen);
+    group_end("words that share a slot of the thread's memory");
+}
+
 // The shortcuts are taken: Chinese is cut into words, and letters of ASCII are not.
 void test_words(const Tokenizer *t) {
     static const char *const texts[2] = { "我们在北京大学研究生命起源和中华人民共和国的历史", " international" };
@@ -1130,6 +1159,7 @@ int main(void) {
     Tokenizer *small = trimmed(t);
     test_words(t);
     test_rule(t, small);
+    test_word_cache(t);
     test_trim(t, small);
     test_round_trip(small, "the same with the trimmed vocabulary");
     test_formats(t, small);

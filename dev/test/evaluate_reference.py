@@ -43,7 +43,7 @@ def make_model():
         run("./prepare", "--task", "sft", "--tokenizer", f"{work}/text/tokenizer.bin", "--val-fraction", 0, "--out", f"{work}/sft",
             f"{work}/sft.jsonl")
         vocab = int.from_bytes(Path(work, "text/train.bin").read_bytes()[32:36], "little")
-        torch.manual_seed(5)
+        torch.manual_seed(8)
         config = Qwen3Config(vocab_size=(vocab + 31) // 32 * 32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                              num_key_value_heads=1, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True, rms_norm_eps=1e-6,
                              rope_parameters={"rope_type": "default", "rope_theta": 1e4})

@@ -14,7 +14,8 @@
 //   8 load         .bin, qwen.tiktoken, tokenizer.json, vocab.json + merges.txt
 //   9 save, trim   .bin, Hugging Face files, small vocabularies for small models
 //
-// A Tokenizer never changes after loading, so threads may share one; each remembers words for itself. Errors are one line and exit code 1 (CHECK, DIE of train_qwen.c).
+// A Tokenizer never changes after loading, so threads may share one; each remembers words for itself. Errors are one line and exit code 1
+// (CHECK, DIE of train_qwen.c).
 #ifndef TOKENIZER_H
 #define TOKENIZER_H
 #include "dev/data/unicode.h"    // character classes and NFC data, as Hugging Face's tokenizers library has them
@@ -544,12 +545,13 @@ size_t split_skip(const char *text, size_t at, size_t end, CharClass skipped) {
 // token that ends there and one that begins there. If no merge of the vocabulary joins such two, none ever happens at this border; and as
 // merges on one side neither help nor hinder those on the other, both sides can be encoded alone, with exactly the same tokens. So the
 // splitter cuts there, into words of 1.4 characters on average.
-//   joined           a bit for each two characters that some merge joins: a token that ends with the first to one that begins with the second
-//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one token, and so are the last byte of
-//                    删 and 除. For merges with such parts, a bit for what is sure to be around the border: all three bytes on the whole
-//                    side, one on the other.
-// The bits are found by hashing. If two borders share one, this costs a cut, nothing else. Only characters of three bytes (U+0800 to U+FFFF)
-// take part, which are those of languages written without spaces.
+//   joined           a bit for each two characters that some merge joins: a token that ends with the first to one that begins with the
+//                    second
+//   joined_in_part   a few tokens end or begin within a character: 选 and the first two bytes of 拔 are one token, and so are the last
+//                    byte of 删 and 除. For merges with such parts, a bit for what is sure to be around the border: all three bytes on
+//                    the whole side, one on the other
+// The bits are found by hashing. If two borders share one, this costs a cut, nothing else. Only characters of three bytes (U+0800 to
+// U+FFFF) take part, which are those of languages written without spaces.
 #define JOINED_BITS 20
 #define JOINED_IN_PART_BITS 12
 typedef struct { uint64_t joined[1 << (JOINED_BITS - 6)], joined_in_part[1 << (JOINED_IN_PART_BITS - 6)]; } Borders;
@@ -725,7 +727,7 @@ uint64_t token_hash(const char *s, size_t len, size_t room) {
     return h;
 }
 
-// Both tables hold ids only; a look-up compares with what the id stands for. The slot of a token's bytes, or the empty slot where it belongs:
+// Both tables hold ids only; a look-up compares with what the id stands for. The slot of a token's bytes, or the empty one where it belongs:
 uint32_t *token_slot(const Tokenizer *t, const char *bytes, size_t len, uint64_t hash) {
     for (uint64_t i = hash >> t->table_shift, mask = UINT64_MAX >> t->table_shift;; i = (i + 1) & mask) {
         uint32_t *slot = &t->token_table[i], id = *slot & ID_MASK;
@@ -806,10 +808,12 @@ uint32_t bpe_merged(const Tokenizer *t, const BpeNode *nodes, uint32_t at, uint3
     return nodes[at].next < end ? pair_find(t, nodes[at].id, nodes[nodes[at].next].id) : NO_TOKEN;
 }
 
+int char_index(const char *s) { return (s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63); }    // code point of three bytes
+
 // The token of the character of three bytes at s, NO_TOKEN if there is none or other characters are there.
 uint32_t char_find(const Tokenizer *t, const char *s) {
     if (!is_first_of_three(s[0])) return NO_TOKEN;
-    return t->char_id[(s[0] & 15) << 12 | (s[1] & 63) << 6 | (s[2] & 63)];
+    return t->char_id[char_index(s)];
 }
 
 // The tokens that merging starts from, into nodes; returns their number. These are bytes, or whole characters where that is safe: what the
@@ -1001,7 +1005,7 @@ void tokenizer_finish(Tokenizer *t, const char *path) {
         t->parts[r][1] = merged.ids[1];
         size_t left = t->start[merged.ids[0] + 1] - t->start[merged.ids[0]];
         border_learn(&t->borders, bytes, left, len - left);
-        if (len == 3 && is_first_of_three(bytes[0])) t->char_id[(bytes[0] & 15) << 12 | (bytes[1] & 63) << 6 | (bytes[2] & 63)] = (uint32_t)r;
+        if (len == 3 && is_first_of_three(bytes[0])) t->char_id[char_index(bytes)] = (uint32_t)r;
         if ((merged.ids[0] | merged.ids[1]) < 256) t->low_pair[merged.ids[0]][merged.ids[1]] = (uint32_t)r;
         uint64_t hash = pair_hash(merged.ids[0], merged.ids[1]);
         *pair_slot(t, merged.ids[0], merged.ids[1], hash) = slot_fill((uint32_t)r, hash);

@@ -1,7 +1,7 @@
 // How fast is tokenizer.h? bench_tokenizer.py starts this beside other tokenizers and compares.
 //   bench_tokenizer TOKENIZER THREADS
-// After "ready", each line on standard input is "DOCUMENTS IDS", two paths. It reads the documents (for each a u32, its bytes, and the bytes),
-// encodes them, writes for each a u32, the number of its tokens, and their ids as u32, and answers with the seconds that encoding took.
+// After "ready", each line on standard input is "DOCUMENTS IDS", two paths. It reads the documents (for each a u32, its bytes, and the
+// bytes), encodes them, writes for each a u32, the number of its tokens, and their ids as u32, and answers with the seconds of encoding.
 #define QWEN_NO_MAIN
 #include "../../train_qwen.c"
 

@@ -194,8 +194,9 @@ def make_texts(directory):
         print(f.name, os.path.getsize(f.name), "bytes")
 
     share = debian + "/usr/share/"
-    zh = [strip_tags(t) for where in ("doc/debian-handbook/html/zh-CN", "gimp/2.0/help/zh_CN", "**/zh-CN") for t in read(share + where + "/**/*.html")]
-    en = [strip_tags(t) for where in ("doc/debian-handbook/html/en-US", "gimp/2.0/help/en") for t in read(share + where + "/**/*.html")]
+    pages = lambda *folders: [strip_tags(text) for folder in folders for text in read(share + folder + "/**/*.html")]
+    zh = pages("doc/debian-handbook/html/zh-CN", "gimp/2.0/help/zh_CN", "**/zh-CN")
+    en = pages("doc/debian-handbook/html/en-US", "gimp/2.0/help/en")
     write("chinese.txt", ["\n".join(filter(is_chinese, map(str.strip, t.split("\n")))) for t in zh])
     write("chinese_fortunes.txt", [t for t in read(share + "games/fortunes/*[!8t]") if "\0" not in t])
     write("chinese_manuals.txt", read(share + "man/zh_CN/**/*.gz"))

@@ -116,6 +116,9 @@ portable: dev/cpu/dispatch.c build/portable_sse2.o build/portable_avx2.o build/p
 bench: build/cpu_bench
 	OMP_WAIT_POLICY=active build/cpu_bench
 
+build/bench_tokenizer: dev/data/bench_tokenizer.c build/flags
+	$(BUILD)
+
 # Tests. Each prints "passed N, failed M, skipped K" last; its exit code is the verdict.
 TESTS := test_train test_align test_tokenizer test_tiny_baike test_chat test_evaluate test_plot
 RUN_SANITIZED := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
@@ -211,7 +214,7 @@ test: $(PROGRAMS) chat $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TEST
 	@echo "all tests passed"
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
-SOURCES := train_qwen.c dev/data/prepare.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c dev/plot.c
+SOURCES := train_qwen.c dev/data/prepare.c dev/data/bench_tokenizer.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c dev/plot.c
 test-compile:
 	@for c in gcc clang; do command -v $$c >/dev/null || { echo "SKIP $$c is not here"; continue; }; \
 	    for s in $(SOURCES); do \

@@ -65,11 +65,16 @@ double median(double *values, int count) {
     return count % 2 ? values[count / 2] : 0.5 * (values[count / 2 - 1] + values[count / 2]);
 }
 
+// The least time of a measurement against the highest peak that any probe with so many threads has seen: what the code reaches when neighbours
+// leave it alone. (Those of a virtual machine can share its caches and go unnoticed by a probe that only uses registers.)
+static double best_fraction, highest_peak[2];   // [0]: with one thread, [1]: with all
+
 // Measures run(argument), which does `flops` operations on `threads` threads. *seconds: the median of the samples kept; returns the
 // median of their fractions of the FMA peak. At most `samples` are taken within `limit_s`, at least one.
 typedef void Runnable(void *argument);
 double measure_flops(Runnable *run, void *argument, double flops, int threads, int samples, double limit_s, double *seconds) {
     double fractions[64], times[64], begin = now_s(), spare_fraction = 0, spare_time = 0;
+    double least = 1e30, *highest = &highest_peak[threads > 1];
     int kept = 0;
 #ifdef _OPENMP
     int before_threads = omp_get_max_threads();
@@ -81,6 +86,8 @@ double measure_flops(Runnable *run, void *argument, double flops, int threads, i
         int repeats = 0;
         do run(argument), repeats++, took = now_s() - start; while (took < 0.004);
         double after = fma_peak(threads, 0.0005), peak = 0.5 * (before + after), fraction = flops * repeats / took / peak;
+        if (took / repeats < least) least = took / repeats;
+        if (peak > *highest) *highest = peak;
         if (fraction > spare_fraction) spare_fraction = fraction, spare_time = took / repeats;
         if (fabs(before - after) > 0.04 * peak) continue;        // something else ran meanwhile
         fractions[kept] = fraction, times[kept++] = took / repeats;
@@ -88,6 +95,7 @@ double measure_flops(Runnable *run, void *argument, double flops, int threads, i
 #ifdef _OPENMP
     omp_set_num_threads(before_threads);
 #endif
+    best_fraction = flops / least / *highest;
     if (kept == 0) return *seconds = spare_time, spare_fraction;
     *seconds = median(times, kept);
     return median(fractions, kept);

@@ -70,7 +70,7 @@ typedef struct {
     uint32_t think_end;                          // </think>, NO_TOKEN where the tokenizer has none
     Turn *turns;
     int num_turns, first_turn;                   // turns before first_turn no longer fit
-    uint64_t num_answers;
+    uint64_t num_answers, num_cut;               // cut: not ended by the model, but by --max-tokens or the context
     bool interactive;
     double read_tokens, read_s, made_tokens, made_s;             // all so far
 } Chat;
@@ -327,6 +327,7 @@ bool chat_answer(Chat *c) {
     if (ended) write_text(held, utf8_stream_flush(&writer.stream, held));
     printf("\n");
     fflush(stdout);
+    c->num_cut += !ended && !interrupted;
     chat_keep_answer(c, c->sequence.tokens + prompt.count, chat.raw ? made : writer.made);
     if (c->interactive) {
         const char *why = interrupted ? "stopped" : ended ? "" : made == chat.max_tokens ? "cut at --max-tokens" : "the context is full";
@@ -469,8 +470,8 @@ int chat_run(Chat *c) {
     }
     if (c->interactive) printf("\n");
     else if (asked > 0)
-        note(c, "%d questions, %d unanswered; %.0f tokens read in %.1f s, %.0f written, %.1f tokens/s", asked, failed, c->read_tokens,
-             c->read_s, c->made_tokens, c->made_tokens / fmax(c->made_s, 1e-9));
+        note(c, "%d questions, %d unanswered, %d answers without an end; %.0f tokens read in %.1f s, %.0f written, %.1f tokens/s", asked,
+             failed, (int)c->num_cut, c->read_tokens, c->read_s, c->made_tokens, c->made_tokens / fmax(c->made_s, 1e-9));
     return failed;
 }
 

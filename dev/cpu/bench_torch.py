@@ -5,12 +5,10 @@
     venv/bin/python dev/cpu/bench_torch.py                    # 2 threads, width 256: eager and torch.compile
     venv/bin/python dev/cpu/bench_torch.py --case 512 --threads 1
 
-Both train from the same weights (written here as a Hugging Face directory) on the same tokens in fp32: forward, backward,
-    clipping at 1.0 and
-AdamW, 12 updates with the same learning rate. Their losses have to agree,
-    or nothing is printed. The PyTorch model is written the way people
-write it today: scaled_dot_product_attention, fused AdamW, logits of all positions at once. Speed is the median over updates 4 to 12; runs
-take turns --repeats times and the median of the ratios is printed.
+Both train from the same weights (written here as a Hugging Face directory) on the same tokens in fp32: forward, backward, clipping at 1.0
+and AdamW, 12 updates with the same learning rate. Their losses have to agree, or nothing is printed. The PyTorch model is written the way
+people write it today: scaled_dot_product_attention, fused AdamW, logits of all positions at once. Speed is the median over updates 4 to 12;
+runs take turns --repeats times and the median of the ratios is printed. Memory is the peak of the process, weights and code included.
 """
 import argparse, json, os, re, resource, shutil, statistics, struct, subprocess, sys, tempfile, time
 
@@ -67,9 +65,8 @@ def write_inputs(case, directory):
     if os.path.exists(directory + "/train.bin"): return row
     os.makedirs(directory + "/model")
     config = dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"], vocab_size=V, hidden_size=C, num_hidden_layers=L,
-                  num_attention_heads=NH,
-                  num_key_value_heads=NKV, intermediate_size=I, max_position_embeddings=4096, rope_theta=10000.0, rms_norm_eps=1e-6,
-                  tie_word_embeddings=True, hidden_act="silu")
+                  num_attention_heads=NH, num_key_value_heads=NKV, intermediate_size=I, max_position_embeddings=4096,
+                  rope_theta=10000.0, rms_norm_eps=1e-6, tie_word_embeddings=True, hidden_act="silu")
     with open(directory + "/model/config.json", "w") as f: json.dump(config, f)
     header, offset = {}, 0
     for name, shape in tensors(case):
@@ -108,8 +105,8 @@ def torch_side(case, threads, mode, directory):
         for l in range(L):
             p = lambda n: params[f"model.layers.{l}.{n}"]
             h = norm(x, p("input_layernorm.weight"))
-            q, k, v = (F.linear(h, p(f"self_attn.{n}_proj.weight"), p(f"self_attn.{n}_proj.bias")).view(B, T, -1, HD).transpose(1,
-                2) for n in "qkv")
+            q, k, v = (F.linear(h, p(f"self_attn.{n}_proj.weight"), p(f"self_attn.{n}_proj.bias")).view(B, T, -1, HD).transpose(1, 2)
+                       for n in "qkv")
             a = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=NH != NKV)
             x = x + F.linear(a.transpose(1, 2).reshape(B, T, NH * HD), p("self_attn.o_proj.weight"))
             h = norm(x, p("post_attention_layernorm.weight"))
@@ -148,10 +145,9 @@ def run(command, threads):
 def qwen_side(case, threads, directory):
     V, C, L, NH, NKV, HD, I, B, T = CASES[case]
     out = tempfile.mkdtemp(dir=directory)
-    text = run([REPOSITORY + "/train_qwen", "--model", directory + "/model", "--data", directory + "/train.bin", "--out", out, "--batch",
-               str(B), "--seq", str(T),
-         "--steps", str(UPDATES), "--lr", str(LR), "--schedule", "constant", "--warmup", "0", "--sample-every", "0", "--save-dtype",
-             "bf16"], threads)
+    text = run([REPOSITORY + "/train_qwen", "--model", directory + "/model", "--data", directory + "/train.bin", "--out", out,
+                "--batch", str(B), "--seq", str(T), "--steps", str(UPDATES), "--lr", str(LR), "--schedule", "constant", "--warmup", "0",
+                "--sample-every", "0", "--save-dtype", "bf16"], threads)
     lines = [json.loads(l) for l in open(out + "/log.jsonl")]
     lines = [l for l in lines if "loss" in l]
     shutil.rmtree(out)
@@ -169,21 +165,24 @@ def main():
     parser.add_argument("--modes", default="eager,compile")
     parser.add_argument("--torch-side", nargs=2, help=argparse.SUPPRESS)          # how this script runs PyTorch in a process of its own
     o = parser.parse_args()
+    if o.torch_side and o.torch_side[0] == "inputs": return write_inputs(o.case, o.torch_side[1])
     if o.torch_side: return torch_side(o.case, o.threads, *o.torch_side)
     V, C, L, NH, NKV, HD, I, B, T = CASES[o.case]
     if subprocess.run(["make", "-s", "-C", REPOSITORY, "train_qwen", "tiny_baike"],
                       stdout=subprocess.DEVNULL).returncode: sys.exit("make failed")
     with tempfile.TemporaryDirectory() as directory:
-        write_inputs(o.case, directory)
+        def torch_command(side):
+            return [sys.executable, __file__, "--case", o.case, "--threads", str(o.threads), "--torch-side", side, directory]
+        run(torch_command("inputs"), o.threads)    # not in this process: Linux counts a parent's peak of memory as its children's
         modes, speeds, ratios, memory = o.modes.split(","), {}, {}, {}
         for repeat in range(o.repeats):
             for side in ["train_qwen"] + modes:
-                command = [sys.executable, __file__, "--case", o.case, "--threads", str(o.threads), "--torch-side", side, directory]
-                result = qwen_side(o.case, o.threads, directory) if side == "train_qwen" else json.loads(run(command, o.threads))
+                own_turn = side == "train_qwen"
+                result = qwen_side(o.case, o.threads, directory) if own_turn else json.loads(run(torch_command(side), o.threads))
                 speed = B * T / statistics.median(result["times"][FIRST - 1:])
                 speeds.setdefault(side, []).append(speed)
                 memory[side] = max(memory.get(side, 0), result["mb"])
-                if side == "train_qwen": own = result
+                if own_turn: own = result
                 else:
                     worst = max(abs(a - b) / b for a, b in zip(own["losses"], result["losses"], strict=True))
                     if not worst <= 1e-4: sys.exit(f"losses differ by {worst:.1e}:\n{own['losses']}\n{result['losses']}")
@@ -192,8 +191,10 @@ def main():
         print(f"{o.case}: {B} x {T} tokens an update, {o.threads} threads, PyTorch {version}; losses agree to 1e-4; medians of {o.repeats}")
         print(f"  {'':18} {'tokens/s':>9} {'memory':>9}   train_qwen is faster by")
         for side in ["train_qwen"] + modes:
-            ratio = "" if side == "train_qwen" else f"{statistics.median(ratios[side]):.2f} ({min(ratios[side]):.2f} to {max(ratios[side]):.2f})"
-            print(f"  {side if side == 'train_qwen' else 'PyTorch, ' + side:18} {statistics.median(speeds[side]):9.0f} {memory[side]:6.0f} MB   {ratio}")
+            r = ratios.get(side)
+            ratio = f"{statistics.median(r):.2f} ({min(r):.2f} to {max(r):.2f})" if r else ""
+            name = side if side == "train_qwen" else "PyTorch, " + side
+            print(f"  {name:18} {statistics.median(speeds[side]):9.0f} {memory[side]:6.0f} MB   {ratio}")
 
 
 main()

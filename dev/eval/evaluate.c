@@ -4,8 +4,9 @@
 //   ./evaluate --model DIR --shots 5 ceval/                          ceval/dev, ceval/val as published
 //   ./evaluate --help
 //
-// A question's answer is the letter that the model finds most likely after the benchmark's own prompt, as in the benchmarks' code;
-// compare.py does the same with transformers.
+// A question's answer is the letter that the model finds most likely after the benchmark's own prompt, as in the benchmarks' code. A small
+// pretrained model has never seen such letters: --answer text compares the four statements instead. compare.py does the same with
+// transformers.
 //
 // Sections: 1 options | 2 CSV | 3 questions and prompts | 4 multiple choice | 5 perplexity | 6 results | 7 main
 #define QWEN_NO_MAIN
@@ -21,15 +22,18 @@
 // 1. Options
 
 enum { SPLIT_AUTO };
+typedef enum { ANSWER_LETTER, ANSWER_TEXT } AnswerKind;
+static const char *const ANSWERS[] = {"letter", "text", NULL};
 static const char *const SPLITS[] = {"auto", "val", "test", "dev", NULL};
 static struct {
     const char *json, *details;
-    int split, chat_template;
+    int split, chat_template, answer;
     long shots, context, seq, limit;
-} eval = {"", "", SPLIT_AUTO, TEMPLATE_NONE, 0, 0, 0, 0};
+} eval = {"", "", SPLIT_AUTO, TEMPLATE_NONE, ANSWER_LETTER, 0, 0, 0, 0};
 
 static const Option EVALUATE_OPTIONS[] = {
     {"model",    1, OPTION_STRING, &opt.model,           0, NULL, "a Hugging Face directory, or a run's directory; default: out"},
+    {"answer",   1, OPTION_CHOICE, &eval.answer,         0, ANSWERS, "the likeliest letter, or the likeliest statement"},
     {"shots",    1, OPTION_INT,    &eval.shots,          0, NULL, "solved examples before each question, the first of the dev split"},
     {"split",    1, OPTION_CHOICE, &eval.split,          0, SPLITS, "which folder of a directory; auto: val, else test"},
     {"template", 1, OPTION_CHOICE, &eval.chat_template,  0, TEMPLATES, "asks as in a conversation; none: the bare prompt"},
@@ -217,6 +221,8 @@ typedef struct {
     ChatTemplate chat;
     Sequence sequence;
     int letters[4], context, T;                  // T: --seq
+    int end;                                     // the token between texts
+    Batch batch;                                 // one row of T tokens
     FILE *details;
     bool progress;
 } Evaluation;
@@ -247,25 +253,66 @@ void exam_tokens(const Evaluation *v, const Exam *exam, int index, ChoiceResult 
     free(content.ids);
 }
 
-// log p(letter | prompt) of A, B, C, D
-void letter_logprobs(Evaluation *v, const TokenList *prompt, double logprobs[4]) {
-    sequence_set(&v->sequence, (const int *)prompt->ids, (int)prompt->count);
+// log p(letter | prompt) of A, B, C, D. Returns the prompt's tokens.
+size_t letter_logprobs(Evaluation *v, const Exam *exam, int index, ChoiceResult *r, double logprobs[4]) {
+    TokenList prompt = {NULL, 0, 0};
+    exam_tokens(v, exam, index, r, &prompt);
+    sequence_set(&v->sequence, (const int *)prompt.ids, (int)prompt.count);
     const float *logits = sequence_logits(&v->model, &v->sequence);
     double max = (double)row_max(logits, v->model.config.V), sum = 0;
     for (int i = 0; i < v->model.config.V; i++) sum += exp((double)logits[i] - max);
     for (int i = 0; i < 4; i++) logprobs[i] = (double)logits[v->letters[i]] - max - log(sum);
     CHECK(isfinite(sum), "the model's logits are not finite; its weights are damaged");
+    free(prompt.ids);
+    return prompt.count;
+}
+
+// The question with an option in its blank, a run of _, or where it has none after it: "____是中国的首都。" -> "北京是中国的首都。"
+char *statement(const Question *q, int option) {
+    const char *text = q->options[option];
+    size_t before = strcspn(q->text, "_"), blank = strspn(q->text + before, "_"), size = strlen(q->text) + strlen(text) + 1;
+    char *filled = (char *)xmalloc(size);
+    snprintf(filled, size, "%.*s%s%s", (int)before, q->text, text, q->text + before + blank);
+    return filled;
+}
+
+// log p(statement | the end of another text) of the four statements; what goes beyond --seq tokens is not read.
+// Returns the longest one's tokens.
+size_t statement_logprobs(Evaluation *v, const Question *q, ChoiceResult *r, double logprobs[4]) {
+    Batch *batch = &v->batch;
+    TokenList list = {NULL, 0, 0};
+    size_t longest = 0;
+    bool cut = false;
+    for (int i = 0; i < 4; i++) {
+        char *text = statement(q, i);
+        list.count = 0;
+        token_list_push(&list, (uint32_t)v->end);
+        tokenizer_encode_text(v->tokenizer, text, strlen(text), &list);
+        free(text);
+        int n = (int)list.count - 1 <= v->T ? (int)list.count - 1 : v->T;
+        cut = cut || n < (int)list.count - 1;
+        for (int t = 0; t < n; t++) {
+            batch->tokens[t] = (int)list.ids[t], batch->targets[t] = (int)list.ids[t + 1];
+            batch->start[t] = 0, batch->weights[t] = 1;
+        }
+        logprobs[i] = -machine_loss(&v->model, batch, 1, n);
+        CHECK(isfinite(logprobs[i]), "the loss is not finite; the model's weights are damaged");
+        if (list.count > longest) longest = list.count;
+    }
+    r->cut += cut;
+    free(list.ids);
+    return longest;
 }
 
 SubjectResult exam_run(Evaluation *v, const Exam *exam, ChoiceResult *r) {
     SubjectResult result = {exam, 0, 0, 0};
-    TokenList prompt = {NULL, 0, 0};
     int count = eval.limit > 0 && eval.limit < exam->questions.count ? (int)eval.limit : exam->questions.count;
     for (int q = 0; q < count; q++) {
         double logprobs[4], sum = 0;
-        int chosen = 0, answer = exam->questions.list[q].answer;
-        exam_tokens(v, exam, q, r, &prompt);
-        letter_logprobs(v, &prompt, logprobs);
+        const Question *question = &exam->questions.list[q];
+        int chosen = 0, answer = question->answer;
+        size_t tokens = eval.answer == ANSWER_TEXT ? statement_logprobs(v, question, r, logprobs) :
+            letter_logprobs(v, exam, q, r, logprobs);
         for (int i = 1; i < 4; i++) if (logprobs[i] > logprobs[chosen]) chosen = i;
         for (int i = 0; i < 4; i++) sum += exp(logprobs[i] - logprobs[chosen]);
         result.questions++, result.correct += chosen == answer;
@@ -274,12 +321,11 @@ SubjectResult exam_run(Evaluation *v, const Exam *exam, ChoiceResult *r) {
             fprintf(v->details, "{\"subject\":");
             json_write_string(v->details, exam->name, strlen(exam->name));
             fprintf(v->details, ",\"question\":%d,\"answer\":\"%c\",\"chosen\":\"%c\",\"tokens\":%zu,", q, 'A' + answer, 'A' + chosen,
-                    prompt.count);
+                    tokens);
             fprintf(v->details, "\"logprobs\":[%.7g,%.7g,%.7g,%.7g]}\n", logprobs[0], logprobs[1], logprobs[2], logprobs[3]);
         }
         if (v->progress) fprintf(stderr, "\r\033[K%s %d/%d", exam->name, q + 1, count);
     }
-    free(prompt.ids);
     return result;
 }
 
@@ -349,11 +395,13 @@ ChoiceResult choice_run(Evaluation *v, const char *path) {
 // ---------------------------------------------------------------------------------------------------------------------------------
 // 5. Perplexity
 
-typedef struct { const char *path; double nats, tokens, bytes, bigram; } TextResult;     // tokens, bytes: of the targets that count
+// tokens, bytes: of the targets that count. pairs: of a file for dpo; in_order: those whose chosen answer is likelier than the rejected.
+typedef struct { const char *path; double nats, tokens, bytes, bigram, pairs, in_order; } TextResult;
 
 // Adds tokens [from, from + count) of a file: rows of at most --seq targets, each without what came before it.
-void text_add(Evaluation *v, const Shard *s, uint64_t from, uint64_t count, Batch *batch, TextResult *r, long *rows) {
+void text_add(Evaluation *v, const Shard *s, uint64_t from, uint64_t count, TextResult *r, long *rows) {
     Model *m = &v->model;
+    Batch *batch = &v->batch;
     for (uint64_t at = from; at + 1 < from + count && (eval.limit == 0 || *rows < eval.limit); at += (uint64_t)v->T, ++*rows) {
         uint64_t left = from + count - 1 - at;
         int n = left < (uint64_t)v->T ? (int)left : v->T;
@@ -375,24 +423,28 @@ void text_add(Evaluation *v, const Shard *s, uint64_t from, uint64_t count, Batc
 
 // Of a pretraining file the tokens are one text, as in training; of others, each document is one, and only answers count.
 TextResult text_run(Evaluation *v, const char *path) {
-    TextResult r = {path, 0, 0, 0, 0};
+    TextResult r = {path, 0, 0, 0, 0, 0, 0};
     Shard s;
-    Batch batch;
     long rows = 0;
+    double chosen = 0, before;
+    bool is_rejected = false;
     shard_open(&s, path);
     CHECK(s.header->tokenizer_hash == v->tokenizer->hash, "%s was not made with the tokenizer of %s; prepare it again, with "
           "--tokenizer %s", path, opt.model, find_checkpoint(opt.model));
-    batch_alloc(&batch, 1, v->T);
     for (uint64_t from = 0, to; from < s.num_tokens; from = to) {
         to = s.header->task == TASK_PRETRAIN ? s.num_tokens : from + 1;
         while (to < s.num_tokens && !(s.tokens[to] & TOKEN_DOC_START)) to++;
-        text_add(v, &s, from, to - from, &batch, &r, &rows);
+        before = r.nats;
+        text_add(v, &s, from, to - from, &r, &rows);
+        if (s.header->task != TASK_DPO || (eval.limit > 0 && rows >= eval.limit)) continue;
+        if (is_rejected) r.pairs++, r.in_order += chosen < r.nats - before;
+        chosen = r.nats - before, is_rejected = !is_rejected;
     }
     if (v->progress) fputs("\r\033[K", stderr);
     CHECK(r.tokens > 0, "%s holds no token to be judged on", path);
     CHECK(isfinite(r.nats), "%s: the loss is not finite; the model's weights are damaged", path);
     r.bigram = (double)s.header->bigram_loss;
-    batch_free(&batch), shard_close(&s);
+    shard_close(&s);
     return r;
 }
 
@@ -423,7 +475,9 @@ double question_accuracy(const ChoiceResult *r) {                // in %, each q
 }
 
 void print_choice(const ChoiceResult *r) {
-    printf("\n%s: %s, %d questions, %ld-shot", r->path, LAYOUT_NAMES[r->layout], r->questions, eval.shots);
+    printf("\n%s: %s, %d questions, ", r->path, LAYOUT_NAMES[r->layout], r->questions);
+    if (eval.answer == ANSWER_TEXT) printf("by statements");
+    else printf("%ld-shot", eval.shots);
     if (eval.chat_template != TEMPLATE_NONE) printf(", as %s conversation", TEMPLATES[eval.chat_template]);
     printf("\n  %-44s %9s %10s %10s\n", "subject", "questions", "accuracy", "p(right)");
     for (int i = 0; i < r->count; i++) {
@@ -448,6 +502,7 @@ void print_text(const TextResult *r) {
     printf("%s: %.0f tokens, loss %.4f, perplexity %.2f, %.4f bits a byte", r->path, r->tokens, loss, exp(loss),
            r->nats / log(2.0) / (r->bytes > 0 ? r->bytes : 1));
     if (r->bigram > 0) printf("; a bigram model of the training data has a loss of %.4f", r->bigram);
+    if (r->pairs > 0) printf("; of %.0f pairs the better answer is likelier in %.1f %%", r->pairs, 100 * r->in_order / r->pairs);
     printf("\n");
 }
 
@@ -460,8 +515,9 @@ void json_choice(FILE *f, const ChoiceResult *r) {
     int count;
     fputs("{", f);
     json_member(f, "path", r->path);
-    fprintf(f, ",\"layout\":\"%s\",\"shots\":%ld,\"template\":\"%s\",\"questions\":%d,\"fewer_shots\":%d,\"cut\":%d,\"accuracy\":{",
-            LAYOUT_NAMES[r->layout], eval.shots, TEMPLATES[eval.chat_template], r->questions, r->fewer_shots, r->cut);
+    fprintf(f, ",\"layout\":\"%s\",\"answer\":\"%s\",\"shots\":%ld,\"template\":\"%s\",\"questions\":%d,\"fewer_shots\":%d,\"cut\":%d,"
+            "\"accuracy\":{", LAYOUT_NAMES[r->layout], ANSWERS[eval.answer], eval.shots, TEMPLATES[eval.chat_template], r->questions,
+            r->fewer_shots, r->cut);
     for (int group = 0; group <= EXTRA_SUBJECTS; group++) {
         double accuracy = group_accuracy(r, group, &count);
         if (count > 0) fprintf(f, "\"%s\":%.6g,", group_name(r, group), accuracy);
@@ -486,8 +542,10 @@ void json_results(FILE *f, const TextResult *texts, int num_texts, const ChoiceR
         double loss = r->nats / r->tokens;
         fputs(i ? ",\n  {" : "\n  {", f);
         json_member(f, "path", r->path);
-        fprintf(f, ",\"tokens\":%.0f,\"bytes\":%.0f,\"loss\":%.8g,\"perplexity\":%.8g,\"bits_per_byte\":%.8g}", r->tokens, r->bytes, loss,
+        fprintf(f, ",\"tokens\":%.0f,\"bytes\":%.0f,\"loss\":%.8g,\"perplexity\":%.8g,\"bits_per_byte\":%.8g", r->tokens, r->bytes, loss,
                 exp(loss), r->nats / log(2.0) / (r->bytes > 0 ? r->bytes : 1));
+        if (r->pairs > 0) fprintf(f, ",\"pairs\":%.0f,\"pairs_in_order\":%.0f", r->pairs, r->in_order);
+        fputs("}", f);
     }
     fputs("],\n \"choice\":[", f);
     for (int i = 0; i < num_choices; i++) {
@@ -507,7 +565,10 @@ void print_evaluate_help(void) {
            "prompt of their benchmark; the names of files are subjects. The answer is the letter with the highest probability.\n"
            "A directory holds the files, or folders dev, val, test with them; the examples of --shots come from dev. A prompt longer than\n"
            "--context loses its first examples, and if that isn't enough its beginning; both are counted.\n"
-           "Perplexity counts every token but the first of a file, or in files for sft and dpo every token of an answer.\n\n"
+           "--answer text is for models that have never seen lettered options: the option is put in the question's blank (or after the\n"
+           "question), and of the four statements the one with the highest probability is the answer.\n"
+           "Perplexity counts every token but the first of a file, or in files for sft and dpo every token of an answer;\n"
+           "of a file for dpo also in how many pairs the better answer is the likelier one.\n\n"
            "Options (defaults in brackets):\n");
     print_options(EVALUATE_OPTIONS, 1);
 }
@@ -528,6 +589,8 @@ void evaluation_open(Evaluation *v) {
     int max_T = v->model.config.max_T, room;
     v->T = eval.seq > 0 ? (int)eval.seq : max_T < 1024 ? max_T : 1024;
     v->context = eval.context > 0 ? (int)eval.context : max_T < 4096 ? max_T : 4096;
+    CHECK(eval.answer == ANSWER_LETTER || (eval.shots == 0 && eval.chat_template == TEMPLATE_NONE),
+          "--answer text compares statements by themselves: without --shots and --template");
     CHECK(v->T <= max_T && v->context <= max_T, "--seq %d and --context %d: the model has %d positions", v->T, v->context, max_T);
     for (int i = 0; i < 4; i++) {
         TokenList list = {NULL, 0, 0};
@@ -539,6 +602,8 @@ void evaluation_open(Evaluation *v) {
     }
     if (eval.details[0]) v->details = create_file(eval.details);
     v->progress = isatty(STDERR_FILENO);
+    batch_alloc(&v->batch, 1, v->T);
+    v->end = t->im_end >= 0 ? t->im_end : t->endoftext;
     room = v->T > PROMPT_CHUNK ? v->T : PROMPT_CHUNK;            // also for prompts
     machine_open(&v->model, 1, room, 1, v->T > v->context ? v->T : v->context, RECOMPUTE_LAYERS, EVALUATE);
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Does with transformers what ./evaluate does, and compares: the tokens of each prompt, the log-probabilities of the four letters, the
-choices, and the losses of token files.
+"""Does with transformers what ./evaluate does, and compares: the tokens of each prompt, the log-probabilities of the four letters (or, with
+--answer text, of the four statements), the choices, the losses of token files, and in how many preference pairs the better is likelier.
 
     make evaluate
     python dev/eval/compare.py --model out data/tiny_baike/val.bin data/tiny_baike/mc --shots 2 --limit 5
@@ -10,6 +10,7 @@ needs: pip install torch transformers numpy. Exits with 1 if anything differs by
 import argparse
 import csv
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -61,11 +62,11 @@ def make_prompt(layout, chinese, examples, question):
 
 
 class Reference:
-    def __init__(self, model, shots, template, context, seq, limit):
+    def __init__(self, model, answer, shots, template, context, seq, limit):
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         positions = self.model.config.max_position_embeddings
-        self.shots, self.template, self.limit = shots, template, limit
+        self.answer, self.shots, self.template, self.limit = answer, shots, template, limit
         self.context, self.seq = context or min(positions, 4096), seq or min(positions, 1024)
         self.letters = [self.ids(letter)[0] for letter in "ABCD"]
 
@@ -93,6 +94,14 @@ class Reference:
     def logprobs(self, ids):
         return self.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[self.letters].tolist()
 
+    @torch.no_grad()
+    def statements(self, question):
+        """(tokens of the longest, log-probability of each) of the question with each option in its blank, after the end of another text."""
+        begin, blank, end = re.fullmatch("([^_]*)(_*)(.*)", question[0], re.DOTALL).groups()
+        ids = [self.ids("<|im_end|>") + self.ids(begin + option + end) for option in question[1:5]]
+        logprobs = [self.model(torch.tensor([i[:-1]])).logits[0].double().log_softmax(-1) for i in ids]
+        return max(map(len, ids)), [p.gather(1, torch.tensor(i[1:])[:, None]).sum().item() for p, i in zip(logprobs, ids)]
+
     def choice(self, path):
         path = Path(path)
         if path.suffix == ".csv":
@@ -109,27 +118,33 @@ class Reference:
             if self.shots:
                 examples = read_questions(file.parent.parent / "dev" / (f"{name}.csv" if layout == "CMMLU" else f"{name}_dev.csv"))[1]
             for i, question in enumerate(questions[:self.limit or None]):
-                ids = self.prompt_ids(layout, SUBJECTS[layout].get(name, name), examples[:self.shots], question)
-                logprobs = self.logprobs(ids)
+                if self.answer == "text":
+                    tokens, logprobs = self.statements(question)
+                else:
+                    ids = self.prompt_ids(layout, SUBJECTS[layout].get(name, name), examples[:self.shots], question)
+                    tokens, logprobs = len(ids), self.logprobs(ids)
                 results.append({"subject": name, "question": i, "answer": question[5], "chosen": "ABCD"[int(np.argmax(logprobs))],
-                                "tokens": len(ids), "logprobs": logprobs})
+                                "tokens": tokens, "logprobs": logprobs})
         return results
 
     @torch.no_grad()
     def text(self, path):
-        """(tokens that count, mean loss) of a token file."""
+        """(tokens that count, mean loss) of a token file; of one for dpo (pairs, those whose chosen answer is likelier), else None."""
         data = Path(path).read_bytes()
         task = struct.unpack_from("<I", data, 12)[0]
         tokens = np.frombuffer(data, "<u4", offset=256)
         starts = [0] if task == 0 else np.flatnonzero(tokens & 0x40000000).tolist()
-        rows = [tokens[a + i:min(b, a + i + self.seq + 1)] for a, b in zip(starts, [*starts[1:], len(tokens)]) for i in range(0, b - a - 1, self.seq)]
-        total = counted = 0
-        for row in rows[:self.limit or None]:
+        rows = [(d, tokens[a + i:min(b, a + i + self.seq + 1)]) for d, (a, b) in enumerate(zip(starts, [*starts[1:], len(tokens)]))
+                for i in range(0, b - a - 1, self.seq)]
+        total, counted, documents = 0, 0, [0] * len(starts)
+        for d, row in rows[:self.limit or None]:
             ids = torch.from_numpy((row & 0xFFFFFF).astype(np.int64))
             weights = torch.from_numpy((row[1:] >> 31 == 0).astype(np.float64))
             losses = torch.nn.functional.cross_entropy(self.model(ids[None, :-1]).logits[0], ids[1:], reduction="none").double()
             total, counted = total + (losses * weights).sum().item(), counted + weights.sum().item()
-        return counted, total / counted
+            documents[d] += (losses * weights).sum().item()
+        pairs = list(zip(documents[::2], documents[1::2]))
+        return counted, total / counted, (len(pairs), sum(a < b for a, b in pairs)) if task == 2 and not self.limit else None
 
 
 def is_token_file(path):
@@ -141,36 +156,39 @@ def main():
     parser.add_argument("paths", nargs="+")
     parser.add_argument("--model", default="out")
     parser.add_argument("--evaluate", default="./evaluate", help="the program to check")
+    parser.add_argument("--answer", default="letter", choices=["letter", "text"])
     parser.add_argument("--template", default="none")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed difference of a log-probability or a loss")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="allowed error of a log-probability (relative) or a loss")
     for name in ("shots", "context", "seq", "limit"):
         parser.add_argument(f"--{name}", type=int, default=0)
     a = parser.parse_args()
     torch.set_num_threads(1)
     model = a.model if (Path(a.model) / "config.json").exists() else str(sorted(Path(a.model).glob("step_*"))[-1])
-    reference = Reference(model, a.shots, a.template, a.context, a.seq, a.limit)
+    reference = Reference(model, a.answer, a.shots, a.template, a.context, a.seq, a.limit)
     with tempfile.TemporaryDirectory() as folder:
-        command = [a.evaluate, "--model", model, "--shots", a.shots, "--template", a.template, "--context", a.context, "--seq", a.seq, "--limit",
-                   a.limit, "--json", f"{folder}/json", "--details", f"{folder}/details", *a.paths]
+        command = [a.evaluate, "--model", model, "--answer", a.answer, "--shots", a.shots, "--template", a.template, "--context", a.context,
+                   "--seq", a.seq, "--limit", a.limit, "--json", f"{folder}/json", "--details", f"{folder}/details", *a.paths]
         subprocess.run([str(x) for x in command], check=True, stdout=subprocess.DEVNULL)
         results, details = json.load(open(f"{folder}/json")), [json.loads(line) for line in open(f"{folder}/details")]
     failed = 0
     for ours, path in zip(results["perplexity"], [p for p in a.paths if is_token_file(p)]):
-        tokens, loss = reference.text(path)
+        tokens, loss, pairs = reference.text(path)
         ok = tokens == ours["tokens"] and abs(loss - ours["loss"]) <= a.tolerance
+        ok = ok and (pairs is None or pairs == (ours["pairs"], ours["pairs_in_order"]))
         failed += not ok
-        print("ok  " if ok else "FAIL", f"{path}: {ours['tokens']} tokens, loss {ours['loss']:.6f}; transformers: {tokens:.0f}, {loss:.6f}")
+        print("ok  " if ok else "FAIL", f"{path}: {ours['tokens']} tokens, loss {ours['loss']:.6f}; transformers: {tokens:.0f}, {loss:.6f}",
+              f"; {pairs[1]} of {pairs[0]} pairs in order" if pairs else "")
     for ours, path in zip(results["choice"], [p for p in a.paths if not is_token_file(p)]):
         theirs = reference.choice(path)
         mine, details = details[:len(theirs)], details[len(theirs):]
         same = all(m[k] == t[k] for m, t in zip(mine, theirs) for k in ("subject", "question", "answer", "tokens"))
-        worst = max(abs(x - y) for m, t in zip(mine, theirs) for x, y in zip(m["logprobs"], t["logprobs"]))
+        worst = max(abs(x - y) / max(1, abs(y)) for m, t in zip(mine, theirs) for x, y in zip(m["logprobs"], t["logprobs"]))
         correct = sum(t["chosen"] == t["answer"] for t in theirs)
         ok = same and worst <= a.tolerance and len(mine) == len(theirs) == ours["questions"]
         agree = sum(m["chosen"] == t["chosen"] for m, t in zip(mine, theirs))
         failed += not ok
-        print("ok  " if ok else "FAIL", f"{path}: {len(theirs)} questions, {ours['fewer_shots']} with fewer examples, {ours['cut']} cut; log-probabilities "
-              f"differ by at most {worst:.1e}; {agree} same choices; transformers has {correct} right, ./evaluate "
+        print("ok  " if ok else "FAIL", f"{path}: {len(theirs)} questions, {ours['fewer_shots']} with fewer examples, {ours['cut']} cut; "
+              f"relative error of log-probabilities at most {worst:.1e}; {agree} same choices; transformers has {correct} right, ./evaluate "
               f"{sum(s['correct'] for s in ours['subjects'])}")
     sys.exit(failed > 0)
 

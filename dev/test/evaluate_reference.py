@@ -25,9 +25,10 @@ FOLDER = ROOT / "dev/test/fixtures/evaluate"
 sys.path.insert(0, str(ROOT / "dev/eval"))
 import compare  # noqa: E402
 
-# name: (shots, template, context, seq)
-SETTINGS = {"zero": (0, "none", 0, 40), "two": (2, "none", 0, 0), "short": (2, "none", 120, 7), "cut": (1, "none", 25, 64),
-            "chatml": (1, "chatml", 100, 0), "mini_llm": (0, "mini_llm", 0, 0)}
+# name: (answer, shots, template, context, seq)
+SETTINGS = {"zero": ("letter", 0, "none", 0, 40), "two": ("letter", 2, "none", 0, 0), "short": ("letter", 2, "none", 120, 7),
+            "cut": ("letter", 1, "none", 25, 64), "chatml": ("letter", 1, "chatml", 100, 0), "mini_llm": ("letter", 0, "mini_llm", 0, 0),
+            "text": ("text", 0, "none", 0, 0)}
 
 
 def make_model():
@@ -35,13 +36,15 @@ def make_model():
     texts += [{"text": "以下是关于病毒学的单项选择题，请直接给出正确答案的选项。题目：答案是：中国历史 你是一个助手 用户: 回答: "},
               {"text": "以下是中国关于法学、大学物理、计算机网络考试的单项选择题，请选出其中的正确答案。\n\n答案：A"}]
     pairs = [{"instruction": "时间的单位是什么？", "output": "秒。"}, {"instruction": "唐朝的都城是哪里？", "output": "长安，就是今天的西安。" * 9}]
+    preferences = [{"prompt": p["instruction"], "chosen": p["output"], "rejected": r} for p in pairs for r in ("米。", "洛阳。", "地址")]
     with tempfile.TemporaryDirectory() as work:
-        for name, records in (("text", texts), ("sft", pairs)):
+        for name, records in (("text", texts), ("sft", pairs), ("dpo", preferences)):
             Path(work, f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
         run = lambda *command: subprocess.run([str(c) for c in command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         run("./prepare", "--trim-vocab", "--val-fraction", 0, "--out", f"{work}/text", f"{work}/text.jsonl")
-        run("./prepare", "--task", "sft", "--tokenizer", f"{work}/text/tokenizer.bin", "--val-fraction", 0, "--out", f"{work}/sft",
-            f"{work}/sft.jsonl")
+        for task in ("sft", "dpo"):
+            run("./prepare", "--task", task, "--tokenizer", f"{work}/text/tokenizer.bin", "--val-fraction", 0, "--out", f"{work}/{task}",
+                f"{work}/{task}.jsonl")
         vocab = int.from_bytes(Path(work, "text/train.bin").read_bytes()[32:36], "little")
         torch.manual_seed(8)
         config = Qwen3Config(vocab_size=(vocab + 31) // 32 * 32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -57,16 +60,16 @@ def make_model():
         (FOLDER / "model").mkdir()
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
             shutil.copyfile(f"{work}/out/step_00000001/{name}", FOLDER / "model" / name)
-        shutil.copyfile(f"{work}/text/train.bin", FOLDER / "text.bin")
-        shutil.copyfile(f"{work}/sft/train.bin", FOLDER / "sft.bin")
+        for name in ("text", "sft", "dpo"):
+            shutil.copyfile(f"{work}/{name}/train.bin", FOLDER / f"{name}.bin")
 
 
 def numbers():
     out = {"made_by": f"dev/test/evaluate_reference.py, torch {torch.__version__}, transformers {transformers.__version__}"}
-    for name, (shots, template, context, seq) in SETTINGS.items():
-        reference = compare.Reference(FOLDER / "model", shots, template, context, seq, 0)
-        texts = [reference.text(FOLDER / file) for file in ("text.bin", "sft.bin")]
-        out[name] = {"shots": shots, "template": template, "context": context, "seq": seq, "texts": texts,
+    for name, (answer, shots, template, context, seq) in SETTINGS.items():
+        reference = compare.Reference(FOLDER / "model", answer, shots, template, context, seq, 0)
+        texts = [reference.text(FOLDER / file) for file in ("text.bin", "sft.bin", "dpo.bin")]
+        out[name] = {"answer": answer, "shots": shots, "template": template, "context": context, "seq": seq, "texts": texts,
                      "questions": reference.choice(FOLDER / "ceval") + reference.choice(FOLDER / "cmmlu")}
     return out
 

@@ -1,7 +1,9 @@
 # make train_qwen && ./train_qwen     build the trainer and train a small model on a small Chinese corpus
 # make test                           everything that is checked, plain and with sanitizers
 # make train_qwencu | test_qwencu     the trainer on the GPU, and its check against the CPU; PRECISION=fp32 for fp32 instead of bf16
+# make demo                           pretraining, SFT and DPO of the small model, examined after each; half an hour
 # make bench                          speed, against the limits of this machine
+# make fuzz FUZZ_SECONDS=3600         look for inputs that crash the readers (clang)
 # make portable                       train_qwen as one binary for every x86-64
 # make chat | chatcu                  talk to a checkpoint
 # make evaluate | evaluatecu          perplexity, multiple choice
@@ -113,6 +115,8 @@ build/portable_%.o: train_qwen.c tokenizer.h dataloader.h build/flags
 	objcopy --keep-global-symbol=main_$* $@
 portable: dev/cpu/dispatch.c build/portable_sse2.o build/portable_avx2.o build/portable_avx512.o prepare $(GENERATE)
 	$(CC) -std=c11 $(CFLAGS) $(WARN) $(OPENMP) -o $(PORTABLE) $(filter %.c %.o,$^) -lm
+demo: $(PROGRAMS) chat evaluate $(TINY)/train.bin
+	sh dev/scripts/demo.sh
 bench: build/cpu_bench
 	OMP_WAIT_POLICY=active build/cpu_bench
 
@@ -229,5 +233,5 @@ debug: train_qwen.c | build
 clean:
 	rm -rf build $(PROGRAMS) train_qwencu test_qwencu chat chatcu evaluate evaluatecu plot
 
-.PHONY: FORCE all notes tiny_baike bench portable fuzz test test-fuzz test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
+.PHONY: FORCE all notes tiny_baike demo bench portable fuzz test test-fuzz test-compile test-emu test-emu-asan test-emu-tsan test-nvcc test-gpu debug clean
 -include $(wildcard build/*.d)

@@ -35,7 +35,7 @@ void check_questions(const char *name, const Json *wanted, char *details) {
         questions++, wanted = wanted->next;
         json_free(got);
     }
-    check(questions == 11 && !wanted && differ == 0 && worst <= 5e-5, "%s: %d questions, subjects, prompt lengths and choices as with "
+    check(questions == 11 && !wanted && differ == 0 && worst <= 5e-6, "%s: %d questions, subjects, prompt lengths and choices as with "
           "transformers; relative error of log-probabilities at most %.1e", name, questions, worst);
 }
 

@@ -12,7 +12,7 @@ void check_row(const Loader *l, uint64_t position) {
     int T = l->T;
     Batch row, again;
     batch_alloc(&row, 1, T), batch_alloc(&again, 1, T);
-    double counted = loader_rows(l, position, 1, &row), sum = 0;
+    double counted = loader_rows(l, position, 1, &row), targets = 0, documents = 0;
     loader_rows(l, position, 1, &again);
     for (int t = 0; t < T; t++) {
         fuzz_expect(row.tokens[t] >= 0 && row.tokens[t] < l->vocab_size && row.targets[t] >= 0 && row.targets[t] < l->vocab_size,
@@ -23,9 +23,10 @@ void check_row(const Loader *l, uint64_t position) {
         fuzz_expect(row.weights[t] == 0 || t + 1 == T || row.targets[t] == row.tokens[t + 1], "the target at %d is not the next token", t);
         fuzz_expect(row.tokens[t] == again.tokens[t] && row.targets[t] == again.targets[t] && row.weights[t] == again.weights[t] &&
                     row.start[t] == again.start[t], "the same row, not the same tokens");
-        sum += row.weights[t];
+        targets += row.weights[t], documents += row.document[t] >= 0 && (t == 0 || row.document[t] != row.document[t - 1]);
     }
-    fuzz_expect(sum == counted, "%g targets count, not %g", sum, counted);
+    double wanted = l->task == TASK_DPO ? documents / 2 : targets;
+    fuzz_expect(counted == wanted, "%g targets or pairs count, not %g", counted, wanted);
     batch_free(&row), batch_free(&again);
 }
 

@@ -247,11 +247,13 @@ void note(const Chat *c, const char *format, ...) {
     fputs(terminal ? ")\033[0m\n" : ")\n", stderr);
 }
 
-// Whole characters, without the control characters that could take over a terminal.
-void write_text(const char *text, size_t len) {
+// Whole characters, without the control characters that could take over a terminal. A pipe with --fresh gets one line for each answer:
+// line ends in it become \n.
+void write_text(const Chat *c, const char *text, size_t len) {
     for (size_t i = 0; i < len; i++) {
         unsigned char byte = (unsigned char)text[i], next = i + 1 < len ? (unsigned char)text[i + 1] : 0;
         if (byte == 0xC2 && next < 0xA0) i++;                              // U+0080 to U+009F
+        else if (byte == '\n' && chat.fresh && !c->interactive) fputs("\\n", stdout);
         else if ((byte >= 0x20 && byte != 0x7F) || byte == '\n' || byte == '\t') putchar(byte);
     }
     fflush(stdout);
@@ -267,7 +269,7 @@ bool write_token(void *context, int id) {
     bool is_control = id >= t->num_ranks && t->specials[t->special_at[id - t->num_ranks]].is_control;
     if (id == t->im_start) return false;         // a model that begins a new turn by itself has ended its answer
     w->made++;
-    if (!is_control) write_text(text, utf8_stream(&w->stream, bytes, len, text));
+    if (!is_control) write_text(w->chat, text, utf8_stream(&w->stream, bytes, len, text));
     return !interrupted;
 }
 
@@ -324,7 +326,7 @@ bool chat_answer(Chat *c) {
     c->made_tokens += made, c->made_s += seconds;
     char held[4];
     bool ended = writer.made < made;                                       // by an end token
-    if (ended) write_text(held, utf8_stream_flush(&writer.stream, held));
+    if (ended) write_text(c, held, utf8_stream_flush(&writer.stream, held));
     printf("\n");
     fflush(stdout);
     c->num_cut += !ended && !interrupted;
@@ -478,7 +480,8 @@ int chat_run(Chat *c) {
 void print_chat_help(void) {
     printf("chat talks to a checkpoint: in the terminal, or one question a line through a pipe.\n\n"
            "  ./chat [options]                                  a conversation\n"
-           "  ./chat [options] < questions.txt > answers.txt    --fresh: without memory of the questions before\n\n"
+           "  ./chat [options] < questions.txt > answers.txt    --fresh: without memory of the questions before,\n"
+           "                                                    and an answer is one line, its line ends written as \\n\n\n"
            "When a conversation leaves no room for an answer of --max-tokens, or less than a quarter of the context, its oldest turns are\n"
            "dropped, until it takes at most half of the context.\n\nOptions (defaults in brackets):\n");
     print_options(CHAT_OPTIONS, 1);

@@ -359,7 +359,9 @@ void test_write_text(void) {
     fflush(stdout);
     int terminal = dup(1), file = open(path, O_RDWR | O_CREAT, 0600);
     dup2(file, 1);
-    write_text(text, sizeof text - 1);
+    static Chat c;
+    c.interactive = true;
+    write_text(&c, text, sizeof text - 1);
     dup2(terminal, 1), close(file), close(terminal);
     char *got = read_file(path, NULL);
     check(strcmp(got, "a\tb\n[31m31m\xC2\xA0\xE4\xBD\xA0") == 0, "control characters are left out, also those from U+0080 to U+009F");
@@ -376,6 +378,9 @@ void test_pipe(void) {
         bad += n < 0, replaced += c == 0xFFFD, controls += (c < 0x20 && c != '\n' && c != '\t') || (c >= 0x7F && c < 0xA0);
         i += (size_t)(n < 0 ? -n : n);
     }
+    int lines = 0;
+    for (size_t i = 0; i < length; i++) lines += text[i] == '\n';
+    check(lines == 3, "--fresh: three questions, three lines");
     check(code == 0 && length > 300 && bad == 0 && replaced > 0 && controls == 0, "%zu bytes of nonsense through a pipe: whole characters, none that controls "
           "a terminal", length);
     free(text);

@@ -20,23 +20,26 @@ sed -n 's/^{"instruction":"\([^"\\]*\)","input":"","output":"\([^"\\]*\)。"}$/\
 cut -f 1 "$OUT/questions.tsv" > "$OUT/questions.txt"
 
 # Held-out pairs, every 10th, of a better and a worse answer.
-./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --out "$OUT/dpo_data" "$TINY/dpo.jsonl"
+./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --val-fraction 0 --out "$OUT/dpo_data" "$TINY/dpo.jsonl"
 awk 'NR % 10 == 1' "$TINY/dpo_heldout.jsonl" > "$OUT/pairs.jsonl"
-./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --out "$OUT/pairs" "$OUT/pairs.jsonl"
+./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --val-fraction 0 --out "$OUT/pairs" "$OUT/pairs.jsonl"
 
-# examine MODEL: multiple choice by the statements' probability, answers that have the fact and that end, pairs in order
+# examine MODEL [chat]: multiple choice by the statements' probability; pairs whose better answer is likelier; and with "chat", which asks
+# the questions, answers that contain the fact, and that end by themselves.
 examine() {
     ./evaluate --model "$OUT/$1" --answer text --json "$OUT/$1.json" "$TINY/mc" "$OUT/pairs/train.bin" > "$OUT/$1.txt"
-    ./chat --model "$OUT/$1" --fresh --greedy --max-tokens 48 < "$OUT/questions.txt" > "$OUT/$1_answers.txt" 2> "$OUT/$1_chat.txt"
     choice=$(sed -n 's/.*"accuracy":{.*"questions":\([0-9.]*\)}.*/\1/p' "$OUT/$1.json")
-    facts=$(paste "$OUT/questions.tsv" "$OUT/$1_answers.txt" | awk -F '\t' 'index($3, $2) {n++} END {printf "%.1f", 100 * n / NR}')
-    ended=$(sed -n 's/^(\([0-9]*\) questions.*unanswered, \([0-9]*\) answers.*/\1 \2/p' "$OUT/$1_chat.txt" |
-        awk '{printf "%.1f", 100 - 100 * $2 / $1}')
-    pairs=$(sed -n 's/.*"pairs":\([0-9]*\),"pairs_in_order":\([0-9]*\).*/\1 \2/p' "$OUT/$1.json" | awk '{printf "%.1f", 100 * $2 / $1}')
-    printf '%-12s %14s %% %17s %% %14s %% %13s %%\n' "$1" "$choice" "$facts" "$ended" "$pairs" >> "$OUT/results.txt"
-    tail -n 1 "$OUT/results.txt"
+    pairs=$(sed -n 's/.*"pairs":\([0-9]*\),"pairs_in_order":\([0-9]*\).*/\1 \2/p' "$OUT/$1.json" | awk '{print 100 * $2 / $1}')
+    if [ "$2" = chat ]; then
+        ./chat --model "$OUT/$1" --fresh --greedy --max-tokens 48 < "$OUT/questions.txt" > "$OUT/$1_answers.txt" 2> "$OUT/$1_chat.txt"
+        facts=$(paste "$OUT/questions.tsv" "$OUT/$1_answers.txt" | awk -F '\t' 'index($3, $2) {n++} END {printf "%.1f %%", 100 * n / NR}')
+        endless=$(sed -n 's/.*unanswered, \([0-9]*\) answers without an end.*/\1/p' "$OUT/$1_chat.txt")
+        ended=$((QUESTIONS - endless))
+    fi
+    printf '%-12s %14.1f %% %16.1f %% %18s %16s\n' "$1" "$choice" "$pairs" "${facts:--}" "${ended:--}" >> "$OUT/results.txt"
+    cat "$OUT/results.txt"
 }
-printf '%-12s %16s %19s %16s %15s\n' "" "multiple choice" "facts in answers" "answers that end" "pairs in order" > "$OUT/results.txt"
+printf '%-12s %16s %18s %18s %16s\n' "" "multiple choice" "pairs in order" "facts in answers" "answers that end" > "$OUT/results.txt"
 
 stage "1. Pretraining"
 ./train_qwen --epochs "$PRETRAIN_EPOCHS" --sample-every 0 --log-every 200 --out "$OUT/pretrained"
@@ -46,12 +49,17 @@ stage "2. Instruction tuning"
 ./prepare --task sft --tokenizer "$TINY/tokenizer.bin" --out "$OUT/sft_data" "$TINY/sft.jsonl"
 ./train_qwen --task sft --model "$OUT/pretrained" --data "$OUT/sft_data" --epochs "$SFT_EPOCHS" --lr "$SFT_LR" --sample-every 0 \
     --log-every 200 --out "$OUT/tuned"
-examine tuned
+examine tuned chat
 
 stage "3. Preferences"
 ./train_qwen --task dpo --model "$OUT/tuned" --data "$OUT/dpo_data" --val "$OUT/pairs/train.bin" --epochs "$DPO_EPOCHS" \
     --lr "$DPO_LR" --sample-every 0 --out "$OUT/preferred"
-examine preferred
+examine preferred chat
+
+stage "4. Some of the questions, and its answers"
+paste "$OUT/questions.tsv" "$OUT/preferred_answers.txt" |
+    awk -F '\t' 'NR % 50 == 25 {printf "%s\n    %s%s\n", $1, $3, index($3, $2) ? "" : "        (" $2 ")"}'
 
 stage "Results"
 cat "$OUT/results.txt"
+echo; echo "Ask it yourself: ./chat --model $OUT/preferred      Its course, drawn: make plot && ./plot $OUT/pretrained $OUT/tuned"

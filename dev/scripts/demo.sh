@@ -8,7 +8,7 @@
 #     OUT=other PRETRAIN_EPOCHS=4 sh dev/scripts/demo.sh                         anything below can be given so
 set -e
 : "${OUT:=demo}" "${TINY:=data/tiny_baike}" "${QUESTIONS:=500}"
-: "${PRETRAIN_EPOCHS:=8}" "${SFT_EPOCHS:=4}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=1e-4}"
+: "${PRETRAIN_EPOCHS:=8}" "${SFT_EPOCHS:=1}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=2e-5}"
 mkdir -p "$OUT"
 began=$(date +%s)
 minutes() { echo $((($(date +%s) - began) / 60))m; }
@@ -47,13 +47,13 @@ examine pretrained
 
 stage "2. Instruction tuning"
 ./prepare --task sft --tokenizer "$TINY/tokenizer.bin" --out "$OUT/sft_data" "$TINY/sft.jsonl"
-./train_qwen --task sft --model "$OUT/pretrained" --data "$OUT/sft_data" --epochs "$SFT_EPOCHS" --lr "$SFT_LR" --sample-every 0 \
-    --log-every 200 --out "$OUT/tuned"
+./train_qwen --task sft --model "$OUT/pretrained" --data "$OUT/sft_data" --epochs "$SFT_EPOCHS" --batch 8 --lr "$SFT_LR" \
+    --sample-every 0 --out "$OUT/tuned"
 examine tuned chat
 
 stage "3. Preferences"
 ./train_qwen --task dpo --model "$OUT/tuned" --data "$OUT/dpo_data" --val "$OUT/pairs/train.bin" --epochs "$DPO_EPOCHS" \
-    --lr "$DPO_LR" --sample-every 0 --out "$OUT/preferred"
+    --batch 8 --lr "$DPO_LR" --sample-every 0 --out "$OUT/preferred"
 examine preferred chat
 
 stage "4. Some of the questions, and its answers"

@@ -137,7 +137,8 @@ def torch_side(case, threads, mode, directory):
 
 
 def run(command, threads):
-    process = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS=str(threads)))
+    env = dict(os.environ, OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="active")     # waiting threads spin, as PyTorch's do by themselves
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
     if process.returncode: sys.exit(f"{' '.join(command)} failed:\n{process.stdout[-2000:]}{process.stderr[-2000:]}")
     return process.stdout
 

@@ -39,7 +39,7 @@ examine() {
     printf '%-12s %14.1f %% %16.1f %% %18s %16s\n' "$1" "$choice" "$pairs" "${facts:--}" "${ended:--}" >> "$OUT/results.txt"
     cat "$OUT/results.txt"
 }
-printf '%-12s %16s %18s %18s %16s\n' "" "multiple choice" "pairs in order" "facts in answers" "answers that end" > "$OUT/results.txt"
+printf '%-12s %16s %18s %18s %16s\n' stage "multiple choice" "pairs in order" "facts in answers" "answers that end" > "$OUT/results.txt"
 
 stage "1. Pretraining"
 ./train_qwen --epochs "$PRETRAIN_EPOCHS" --sample-every 0 --log-every 200 --out "$OUT/pretrained"

@@ -526,6 +526,15 @@ float row_max(const float *x, int n) {
     return max;
 }
 
+// What is left of a dot product, n < 2 VL elements, is filled up with zeros: the compiler may fuse a multiplication and an addition of
+// single floats or not as it likes, and dot and dot_half have to round alike.
+float dot_end(vec sums0, vec sums1, const float *a, const float *b, int n) {
+    float x[2 * VL] = {0}, y[2 * VL] = {0}, sum = 0;
+    for (int j = 0; j < n; j++) x[j] = a[j], y[j] = b[j];
+    if (n > 0) sums0 += *(const vec_at *)x * *(const vec_at *)y, sums1 += *(const vec_at *)(x + VL) * *(const vec_at *)(y + VL);
+    for (int j = 0; j < VL; j++) sum += sums0[j] + sums1[j];
+    return sum;
+}
 float dot(const float *a, const float *b, int n) {
     vec sums0 = {0}, sums1 = {0};
     int i = 0;
@@ -533,10 +542,7 @@ float dot(const float *a, const float *b, int n) {
         sums0 += *(const vec_at *)(a + i) * *(const vec_at *)(b + i);
         sums1 += *(const vec_at *)(a + i + VL) * *(const vec_at *)(b + i + VL);
     }
-    float sum = 0;
-    for (int j = 0; j < VL; j++) sum += sums0[j] + sums1[j];
-    for (; i < n; i++) sum += a[i] * b[i];
-    return sum;
+    return dot_end(sums0, sums1, a + i, b + i, n - i);
 }
 
 uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
@@ -586,10 +592,9 @@ float dot_half(const float *a, const uint16_t *b, int n) {
         sums0 += *(const vec_at *)(a + i) * (vec)b0;
         sums1 += *(const vec_at *)(a + i + VL) * (vec)b1;
     }
-    float sum = 0;
-    for (int j = 0; j < VL; j++) sum += sums0[j] + sums1[j];
-    for (; i < n; i++) sum += a[i] * bf16_to_float(b[i]);
-    return sum;
+    float rest[2 * VL];
+    for (int j = 0; i + j < n; j++) rest[j] = bf16_to_float(b[i + j]);
+    return dot_end(sums0, sums1, a + i, rest, n - i);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ double fma_peak(int threads, double seconds) {
     double total = 0;
     #pragma omp parallel num_threads(threads) reduction(+:total)
     {
-        // independent sums: more than latency (4) times units (2), and all in registers
-        enum { CHAINS = VL == 16 ? 24 : 12 };
+        // independent sums: more than latency (4) times units (2), and all in registers (so no more than UNROLL unrolls)
+        enum { CHAINS = 2 * MR >= 16 ? 16 : 12 };
         vec sum[CHAINS], x = (vec){} + 0.999f, y = (vec){} + 0.001f;
         for (int i = 0; i < CHAINS; i++) sum[i] = (vec){} + (float)i;
         double begin = now_s(), end = begin;

@@ -4,6 +4,7 @@
     python3 -m venv venv && venv/bin/pip install torch
     venv/bin/python dev/cpu/bench_torch.py                    # 2 threads, width 256: eager and torch.compile
     venv/bin/python dev/cpu/bench_torch.py --case 512 --threads 1
+    venv/bin/python dev/cpu/bench_torch.py --case matmul      # the matrix products alone, those of `make bench`, against torch.mm
 
 Both train from the same weights (written here as a Hugging Face directory) on the same tokens in fp32: forward, backward, clipping at 1.0
 and AdamW, 12 updates with the same learning rate. Their losses have to agree, or nothing is printed. The PyTorch model is written the way
@@ -136,6 +137,42 @@ def torch_side(case, threads, mode, directory):
                           mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)))
 
 
+def torch_products(threads, shapes):
+    """GFLOP/s of y = x W^T, dx = dy W, dW += dy^T x for each shape, as bench.c measures: medians of 9 samples of at least 4 ms."""
+    import torch
+    torch.set_num_threads(threads)
+    rates = []
+    for n, c, o in shapes:
+        x, w, y, dx, dw = (torch.randn(size) for size in ((n, c), (o, c), (n, o), (n, c), (o, c)))
+        for product in (lambda: torch.mm(x, w.t(), out=y), lambda: torch.mm(y, w, out=dx), lambda: dw.addmm_(y.t(), x)):
+            product()
+            samples = []
+            for _ in range(9):
+                begin, count = time.perf_counter(), 0
+                while time.perf_counter() - begin < 0.004: product(); count += 1
+                samples.append(2e-9 * n * c * o * count / (time.perf_counter() - begin))
+            rates.append(statistics.median(samples))
+    print(json.dumps(dict(rates=rates, version=torch.__version__)))
+
+
+def compare_products(threads, repeats):
+    if subprocess.run(["make", "-s", "-C", REPOSITORY, "build/cpu_bench"]).returncode: sys.exit("make failed")
+    own, other = [], []
+    for _ in range(repeats):
+        lines = run([REPOSITORY + "/build/cpu_bench", "matmul"], threads).split(f"\nmatmul, {threads} thread")[1].split("\n")
+        rows = [re.findall(r"[\d.]+", line) for line in lines[2:] if "->" in line]          # rows in out (GFLOP/s %) x 3
+        shapes = [[int(v) for v in row[:3]] for row in rows]
+        own.append([float(v) for row in rows for v in row[3::2]])
+        result = json.loads(run([sys.executable, __file__, "--threads", str(threads), "--torch-side", "products", json.dumps(shapes)], threads))
+        other.append(result["rates"])
+    ratios = [statistics.median(a / b for a, b in zip(ours, theirs)) for ours, theirs in zip(zip(*own), zip(*other))]
+    print(f"matrix products, {threads} thread(s): train_qwen's speed over PyTorch {result['version']}'s, medians of {repeats}")
+    print(f"  {'rows   in ->   out':22} {'y = x W^T':>12} {'dx = dy W':>12} {'dW += dy^T x':>13}")
+    for i, (n, c, o) in enumerate(shapes):
+        print(f"  {n:4} {c:4} -> {o:5}     " + "".join(f"{r:13.2f}" for r in ratios[3 * i:3 * i + 3]))
+    print(f"  geometric mean {statistics.geometric_mean(ratios):.2f}")
+
+
 def run(command, threads):
     env = dict(os.environ, OMP_NUM_THREADS=str(threads), OMP_WAIT_POLICY="active")     # waiting threads spin, as PyTorch's do by themselves
     process = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -159,15 +196,17 @@ def qwen_side(case, threads, directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="256",
-                        help="width of the model, or tiny (the default run), or 0.5b (Qwen2.5-0.5B)")
+    parser.add_argument("--case", choices=[*CASES, "matmul"], default="256",
+                        help="width of the model, or tiny (the default run), 0.5b (Qwen2.5-0.5B), matmul (products alone)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--modes", default="eager,compile")
     parser.add_argument("--torch-side", nargs=2, help=argparse.SUPPRESS)          # how this script runs PyTorch in a process of its own
     o = parser.parse_args()
     if o.torch_side and o.torch_side[0] == "inputs": return write_inputs(o.case, o.torch_side[1])
+    if o.torch_side and o.torch_side[0] == "products": return torch_products(o.threads, json.loads(o.torch_side[1]))
     if o.torch_side: return torch_side(o.case, o.threads, *o.torch_side)
+    if o.case == "matmul": return compare_products(o.threads, o.repeats)
     V, C, L, NH, NKV, HD, I, B, T = CASES[o.case]
     if subprocess.run(["make", "-s", "-C", REPOSITORY, "train_qwen", "tiny_baike"],
                       stdout=subprocess.DEVNULL).returncode: sys.exit("make failed")

@@ -335,7 +335,8 @@ void json_write_string(FILE *f, const char *text, size_t len) {
     putc('"', f);
 }
 
-// A file appears under its name only when it is complete: write to path.tmp, flush it to the disk, rename.
+// A file appears under its name only when it is complete: write to path.tmp, flush it to the disk, rename. What is no regular file
+// (/dev/stdout, a pipe, a link) is written directly.
 typedef struct { FILE *file; char *path, *temporary; } AtomicFile;
 
 AtomicFile open_atomic(const char *path) {
@@ -344,18 +345,19 @@ AtomicFile open_atomic(const char *path) {
     a.path = (char *)xmalloc(size);
     a.temporary = (char *)xmalloc(size);
     snprintf(a.path, size, "%s", path);
-    snprintf(a.temporary, size, "%s.tmp", path);
+    struct stat st;
+    snprintf(a.temporary, size, lstat(path, &st) == 0 && !S_ISREG(st.st_mode) ? "%s" : "%s.tmp", path);
     a.file = fopen(a.temporary, "wb");
     CHECK(a.file != NULL, "cannot write %s: %s", a.temporary, strerror(errno));
     return a;
 }
 
 void close_atomic(AtomicFile *a) {
-    bool ok = !ferror(a->file) && fflush(a->file) == 0 && fsync(fileno(a->file)) == 0;
+    bool ok = flush_to_disk(a->file), direct = strcmp(a->temporary, a->path) == 0;
     int why = errno;    // of the write that failed, if one did
     if (fclose(a->file) != 0 && ok) ok = false, why = errno;
-    if (ok && rename(a->temporary, a->path) != 0) ok = false, why = errno;
-    if (!ok) unlink(a->temporary);
+    if (ok && !direct && rename(a->temporary, a->path) != 0) ok = false, why = errno;
+    if (!ok && !direct) unlink(a->temporary);
     CHECK(ok, "cannot write %s: %s", a->path, strerror(why));
     free(a->path);
     free(a->temporary);

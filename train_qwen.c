@@ -123,6 +123,11 @@ const char *path_of(const char *format, ...) {
     return strcpy((char *)xmalloc((size_t)length + 1), path);
 }
 
+// Everything written, also to the disk (pipes and terminals have none).
+bool flush_to_disk(FILE *f) {
+    return !ferror(f) && fflush(f) == 0 && (fsync(fileno(f)) == 0 || errno == EINVAL || errno == EROFS || errno == ENOTSUP);
+}
+
 // A file that is written completely or reported: close_file checks every byte up to the disk.
 FILE *create_file(const char *path) {
     FILE *f = fopen(path, "wb");
@@ -130,7 +135,7 @@ FILE *create_file(const char *path) {
     return f;
 }
 void close_file(FILE *f, const char *path) {
-    bool written = !ferror(f) && fflush(f) == 0 && fsync(fileno(f)) == 0;
+    bool written = flush_to_disk(f);
     int reason = errno;
     written = (fclose(f) == 0) && written;
     CHECK(written, "cannot write %s: %s", path, strerror(reason));
@@ -1685,6 +1690,21 @@ const char *shape_text(char *buffer, bool is_vector, size_t rows, size_t cols) {
     return buffer;
 }
 
+// A head stored beside tied embeddings must be their copy; transformers would take another one in spite of "tie_word_embeddings".
+void check_tied_head(StoredTensor *head, const char *from, const float *wte, size_t count) {
+    enum { CHUNK = 1 << 16 };
+    float *chunk = (float *)xmalloc(sizeof(float) * CHUNK);
+    bool same = head->elements == count;
+    for (size_t done = 0, n; same && done < count; done += n) {
+        n = count - done < CHUNK ? count - done : CHUNK;
+        read_elements(head, chunk, n);
+        same = memcmp(chunk, wte + done, sizeof(float) * n) == 0;
+    }
+    free(chunk);
+    CHECK(same, "%s: \"tie_word_embeddings\" is true, but lm_head.weight is no copy of the embeddings; if the head is right, write false "
+          "into config.json, else delete it", from);
+}
+
 // Reads every tensor of the table from s into `memory`. `prefix` stands before the names. Missing, extra and mis-shaped tensors are
 // errors, except what transformers itself ignores: a stored copy of a tied head, and buffers of RoPE and masks in old files.
 void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, float *memory, const char *prefix, bool v1_names) {
@@ -1710,9 +1730,12 @@ void load_tensors(StoredTensors *s, const char *from, const TensorTable *table, 
         read_elements(stored, memory + t->offset, t->rows * t->cols);
     }
     for (int i = 0; i < s->count; i++) {
-        const StoredTensor *t = &s->list[i];
+        StoredTensor *t = &s->list[i];
         if (strncmp(t->name, prefix, strlen(prefix)) != 0) continue;
-        bool ignored = strstr(t->name, "rotary_emb.inv_freq") || strstr(t->name, ".masked_bias") || strcmp(t->name, "lm_head.weight") == 0;
+        bool ignored = strstr(t->name, "rotary_emb.inv_freq") || strstr(t->name, ".masked_bias");
+        for (int k = 0; k < table->count && t->taken == 0 && strcmp(t->name, "lm_head.weight") == 0; k++)
+            if (strcmp(table->list[k].name, "model.embed_tokens.weight") == 0)
+                check_tied_head(t, from, memory + table->list[k].offset, table->list[k].rows * table->list[k].cols);
         CHECK(t->taken == t->elements || ignored, "%s: tensor %s is not part of this model; config.json and weights don't fit",
               from, t->name);
     }
@@ -1900,6 +1923,13 @@ const char *adapter_config(const char *directory, LoraOptions *options) {
         const Json *list = json_get(json, lists[i]);
         CHECK(!list || !list->child, "%s: \"%s\" is not empty; it is not supported", path, lists[i]);
     }
+    // These begin with A and B from the base, which they change; LoRA of PEFT's other kinds begins with B = 0.
+    static const char *const changes_base[] = {"pissa", "olora", "corda", "loftq", NULL};
+    const Json *init = json_get(json, "init_lora_weights"), *invocation = json_get(json, "alora_invocation_tokens");
+    for (int i = 0; changes_base[i] && init && init->type == JSON_STRING; i++)
+        CHECK(strncmp(init->text, changes_base[i], strlen(changes_base[i])) != 0, "%s: \"init_lora_weights\" is %s, which changes the base; "
+              "it is not supported (PEFT's save_pretrained can convert it to plain LoRA)", path, init->text);
+    CHECK(!invocation || !invocation->child, "%s: \"alora_invocation_tokens\" is not empty; it is not supported", path);
     options->rank = (int)config_whole(json, path, "r", 1, MOST_LORA_RANK), options->alpha = (float)config_number(json, path, "lora_alpha");
     options->targets = 0;
     CHECK(names && names->type == JSON_ARRAY, "%s: \"target_modules\" should be a list", path);
@@ -2350,6 +2380,13 @@ void set_option(const Option *o, const char *text) {
     }
 }
 
+static const void *given[64];            // the variables of the options that stood on the command line
+static int num_given;
+bool was_given(const void *variable) {
+    for (int i = 0; i < num_given; i++) if (given[i] == variable) return true;
+    return false;
+}
+
 // Reads --name value, --name=value and flags from argv[first] on. Words without dashes are collected in `words` (may be NULL: then
 // they are errors); returns how many.
 int parse_options(const Option *table, unsigned command, int argc, char **argv, int first, const char **words) {
@@ -2365,6 +2402,7 @@ int parse_options(const Option *table, unsigned command, int argc, char **argv, 
         int length = equals ? (int)(equals - argv[i]) - 2 : (int)strlen(argv[i]) - 2;
         snprintf(name, sizeof name, "%.*s", length < 63 ? length : 63, argv[i] + 2);
         const Option *o = find_option(table, command, name);
+        if (!was_given(o->value)) given[num_given++] = o->value;
         if (o->type == OPTION_FLAG) {
             CHECK(!equals, "--%s is a flag and takes no value", name);
             *(bool *)o->value = true;
@@ -2477,7 +2515,13 @@ static const Option OPTIONS[] = {
 static volatile sig_atomic_t stop_requested;
 void request_stop(int signal_number) {
     stop_requested = 1;
-    signal(signal_number, SIG_DFL);                              // a second Ctrl-C stops at once
+    signal(signal_number, signal_number == SIGPIPE ? SIG_IGN : SIG_DFL);     // a second Ctrl-C stops at once
+}
+
+// Ctrl-C, kill, a closed terminal (unless nohup is there) and a reader that went away (`| tee` at Ctrl-C, `| head`) let a run save first.
+void stop_by_signals(void) {
+    signal(SIGINT, request_stop), signal(SIGTERM, request_stop), signal(SIGPIPE, request_stop);
+    if (signal(SIGHUP, request_stop) == SIG_IGN) signal(SIGHUP, SIG_IGN);
 }
 
 // TensorBoard's event file: records of (length, crc, data, crc), each datum a protobuf message Event, written by hand.
@@ -2998,6 +3042,9 @@ void resolve_options(Run *run, bool from_checkpoint) {
     CHECK((float)opt.eps > 0, "--eps is %g; as a 32-bit number it must be above 0", opt.eps);
     CHECK(isfinite((float)opt.lr) && isfinite((float)opt.weight_decay), "--lr %g or --weight-decay %g is beyond 32-bit numbers", opt.lr,
           opt.weight_decay);
+    CHECK(opt.task == TASK_DPO || (!was_given(&opt.beta) && !was_given(&opt.label_smoothing)),
+          "--beta and --label-smoothing are part of --task dpo; this is --task %s", TRAIN_TASKS[opt.task]);
+    CHECK(opt.lora_rank == 0 || opt.save_dtype == F32, "--save-dtype bf16: adapters are kept in fp32, they are small");
     CHECK(opt.beta > 0, "--beta is %g, it must be above 0", opt.beta);
     CHECK(opt.label_smoothing < 0.5, "--label-smoothing is %g, it must be below 0.5: then no label says anything", opt.label_smoothing);
     if (opt.lr != 0) return;
@@ -3013,6 +3060,9 @@ void resume_paths(const char *checkpoint) {
           checkpoint);
     const Json *options = json_get(read_json(path), "options");
     const char *names[] = {"model", "data", "val"}, **values[] = {&opt.model, &opt.data, &opt.val};
+    const Json *model = json_get(options, "model");
+    CHECK(!was_given(&opt.model) || !model || model->type != JSON_STRING || strcmp(model->text, opt.model) == 0, "--resume goes on with the "
+          "weights in %s, which began as %s; leave out --model %s", checkpoint, model->text, opt.model);
     for (int i = 0; i < 3; i++) {
         const Json *stored = json_get(options, names[i]);
         if (*values[i][0] == 0 && stored && stored->type == JSON_STRING) *values[i] = stored->text;
@@ -3030,6 +3080,8 @@ void check_memory(const Config *c) {
 
 // With --lora-rank, or where an adapter is resumed: finds the base. A resumed adapter brings its own options.
 void run_lora(Run *run, const char *checkpoint) {
+    bool given = was_given(&opt.lora_rank) || was_given(&opt.lora_alpha) || was_given(&opt.lora_targets);
+    CHECK(!given || opt.lora_rank > 0 || opt.resume, "--lora-alpha and --lora-targets need --lora-rank; without it all weights are trained");
     if (!opt.resume && opt.lora_rank == 0) return;
     CHECK(checkpoint, "--lora-rank needs a trained model: name a checkpoint with --model");
     if (!opt.resume) {
@@ -3044,12 +3096,14 @@ void run_lora(Run *run, const char *checkpoint) {
         opt.lora_alpha = (double)lora_options().alpha;
         return;
     }
-    CHECK(is_adapter(checkpoint) || opt.lora_rank == 0, "%s is no adapter, but --lora-rank is given", checkpoint);
+    CHECK(is_adapter(checkpoint) || !given, "%s is no adapter, but an option of --lora is given", checkpoint);
     if (!is_adapter(checkpoint)) return;
-    LoraOptions given = lora_options(), o;
+    LoraOptions wanted = lora_options(), o;
     run->base = adapter_config(checkpoint, &o);
-    CHECK(opt.lora_rank == 0 || (given.rank == o.rank && given.alpha == o.alpha && given.targets == o.targets),
-          "%s has adapters of rank %d and alpha %g; they must stay so on --resume", checkpoint, o.rank, (double)o.alpha);
+    bool rank_fits = !was_given(&opt.lora_rank) || wanted.rank == o.rank;
+    bool alpha_fits = !was_given(&opt.lora_alpha) || (float)opt.lora_alpha == o.alpha;
+    CHECK(rank_fits && alpha_fits && (!was_given(&opt.lora_targets) || wanted.targets == o.targets),
+          "%s has adapters of rank %d and alpha %g; they and their targets must stay so on --resume", checkpoint, o.rank, (double)o.alpha);
     char targets[128] = "";
     bool all = o.targets == (1u << NUM_LORA_TARGETS) - 1;
     for (int i = 0; i < NUM_LORA_TARGETS && !all; i++)
@@ -3112,17 +3166,34 @@ void lock_out(void) {
     CHECK(flock(file, LOCK_EX | LOCK_NB) == 0, "another run is writing into %s; wait for it, or choose another --out", opt.out);
 }
 
-// Makes --out this run's own. What is already there is moved aside, never written over.
-void claim_out(void) {
+// --out without slashes at its end.
+void check_out(void) {
     char *out = strcpy((char *)xmalloc(strlen(opt.out) + 1), opt.out);
     for (size_t n = strlen(out); n > 1 && out[n - 1] == '/'; n--) out[n - 1] = 0;
     opt.out = out;
     CHECK(out[0] && strcmp(out, ".") != 0 && strcmp(out, "..") != 0 && strcmp(out, "/") != 0, "--out '%s': name a directory of its own",
           out);
+}
+
+bool is_inside(const char *path, const char *directory) {
+    char *a = realpath(path, NULL), *b = realpath(directory, NULL);
+    size_t n = b ? strlen(b) : 0;
+    bool inside = a && b && strncmp(a, b, n) == 0 && (a[n] == '/' || a[n] == 0);
+    free(a), free(b);
+    return inside;
+}
+
+// Makes --out this run's own. What is already there is moved aside, never written over.
+void claim_out(void) {
+    const char *out = opt.out;
     make_directory(out);
     lock_out();
-    bool in_use = newest_checkpoint(out) || file_exists(path_of("%s/log.jsonl", out)) || file_exists(path_of("%s/config.json", out));
+    static const char *const files[] = {"log.jsonl", "config.json", "adapter_config.json", NULL};
+    bool in_use = newest_checkpoint(out) != NULL;
+    for (int i = 0; files[i]; i++) in_use = in_use || file_exists(path_of("%s/%s", out, files[i]));
     if (opt.resume || !in_use) return;
+    CHECK(!is_inside(opt.model, out) && !is_inside(opt.data, out), "--model %s or --data %s lies in --out %s, which a new run moves aside; "
+          "choose another --out", opt.model, opt.data, out);
     int n = 1;
     while (file_exists(path_of("%s.%d", out, n))) n++;
     const char *aside = path_of("%s.%d", out, n);
@@ -3279,11 +3350,12 @@ void print_farewell(const Run *run, double seconds) {
 
 void train(void) {
     Run *run = (Run *)xcalloc(1, sizeof(Run));
+    check_out();
     run_open(run);
     claim_out();
     run->log = log_open(opt.out, run->step);
     print_run(run);
-    signal(SIGINT, request_stop), signal(SIGTERM, request_stop);
+    stop_by_signals();
     if (opt.task == TASK_DPO) dpo_open(run);
     double peak = machine_peak_flops(), begin = now_s();
     long first = run->step;
@@ -3300,6 +3372,7 @@ void train(void) {
         if (!last && opt.save_every > 0 && run->step % opt.save_every == 0) save_checkpoint(run);
     }
     bool stopped = run->step < run->steps;
+    CHECK(run->step > 0, "stopped by a signal before the first update; nothing was trained");
     if (stopped) printf("\nstopped by a signal after update %ld; go on with --resume\n", run->step);
     save_checkpoint(run);
     if (!stopped) report_val(run);
@@ -3365,12 +3438,14 @@ void print_info(void) {
     free(table.list);
 }
 
-char *read_stdin(void) {
+char *read_prompt_text(void) {
     size_t size = 0, room = 4096, n;
     char *text = (char *)xmalloc(room);
     while ((n = fread(text + size, 1, room - size - 1, stdin)) > 0)
         if ((size += n) + 1 == room) text = (char *)xrealloc(text, room *= 2);
     text[size] = 0;
+    CHECK(!ferror(stdin), "cannot read the prompt from standard input: %s", strerror(errno));
+    CHECK(strlen(text) == size, "the prompt on standard input has a NUL byte at %zu; expected text", strlen(text));
     return text;
 }
 
@@ -3391,7 +3466,7 @@ void generate_text(void) {
     Sampler sampler = sampler_of_options();
     Model m = {};
     Tokenizer *tokenizer = open_checkpoint(&m);
-    const char *prompt = opt.prompt[0] ? opt.prompt : read_stdin();
+    const char *prompt = was_given(&opt.prompt) ? opt.prompt : read_prompt_text();
     TokenList list = {NULL, 0, 0};
     tokenizer_encode(tokenizer, prompt, strlen(prompt), SPECIALS_PARSED, &list);
     CHECK(list.count > 0, "the prompt is empty; give some text with --prompt or on standard input");
@@ -3412,6 +3487,7 @@ void generate_text(void) {
 void export_model(void) {
     const char *checkpoint;
     if (opt.model[0] == 0) DIE("export: name a model with --model and a new directory with --out");
+    check_out();
     CHECK(find_preset(opt.model) == NULL, "--model %s is a preset without weights; name a checkpoint", opt.model);
     CHECK(!file_exists(opt.out), "--out %s exists; export writes a new directory", opt.out);
     config_of_model(opt.model, &checkpoint);

@@ -101,7 +101,7 @@ const char *checkpoint_system(const char *checkpoint) {
     const char *jinja = path_of("%s/chat_template.jinja", checkpoint), *path = path_of("%s/tokenizer_config.json", checkpoint);
     if (file_exists(jinja)) return system_in_template(read_file(jinja, NULL));
     bool v1;
-    config_load(path_of("%s/config.json", checkpoint), &v1);
+    model_config(checkpoint, &v1);
     if (v1) return "You are a helpful assistant.";                         // Qwen v1 has it in its code (make_context)
     if (!file_exists(path)) return "";
     Json *json = read_json(path);
@@ -115,6 +115,8 @@ void chat_set_system(Chat *c, const char *text) {
     c->system_text = text, c->system.count = 0;
     tokenizer_encode_text(c->tokenizer, text, strlen(text), &c->system);
 }
+
+bool system_fits(const Chat *c) { return (int)c->system.count < c->model.positions / 2; }
 
 // The tokens of the conversation from turn `first` on, ready for the answer to its last question.
 void chat_prompt(const Chat *c, int first, TokenList *out) {
@@ -141,7 +143,7 @@ void chat_prompt(const Chat *c, int first, TokenList *out) {
 void chat_drop_turns(Chat *c, int from) {
     for (int i = from; i < c->num_turns; i++) free(c->turns[i].question), free(c->turns[i].asked.ids), free(c->turns[i].answer.ids);
     if (c->num_turns > from) c->num_turns = from;
-    if (c->first_turn > c->num_turns) c->first_turn = c->num_turns;
+    if (c->first_turn >= c->num_turns) c->first_turn = c->num_turns > 0 ? c->num_turns - 1 : 0;      // /retry asks the last one
 }
 
 void chat_add_question(Chat *c, const char *text) {
@@ -302,15 +304,16 @@ bool chat_answer(Chat *c) {
     chat_prompt(c, c->first_turn, &prompt);
     for (bool full = (int)prompt.count > positions - reserve; full && (int)prompt.count > positions / 2 && c->first_turn < last;)
         chat_prompt(c, ++c->first_turn, &prompt);
-    if (c->first_turn > before)
-        note(c, "the oldest %d turn%s dropped: the context holds %d tokens", c->first_turn - before,
-             c->first_turn - before == 1 ? " was" : "s were", positions);
     if ((int)prompt.count > positions - reserve) {
         note(c, "the question is too long: the prompt has %zu tokens, the context room for %d and an answer; see --context", prompt.count,
              positions - reserve);
+        c->first_turn = before;
         chat_drop_turns(c, last);
         return free(prompt.ids), false;
     }
+    if (c->first_turn > before)
+        note(c, "the oldest %d turn%s dropped: the context holds %d tokens", c->first_turn - before,
+             c->first_turn - before == 1 ? " was" : "s were", positions);
     double read_before = c->read_tokens, s_before = c->read_s;
     interrupted = 0;
     if (!read_prompt(c, &prompt)) {
@@ -395,7 +398,10 @@ bool chat_command(Chat *c, const char *line) {
         c->turns[c->num_turns - 1].answer.count = 0;
         chat_answer(c);
     } else if ((text = command_argument(line, "/system")) != NULL) {
-        if (text[0]) chat_drop_turns(c, 0), chat_set_system(c, strdup(text));
+        const char *before = c->system_text;
+        if (text[0]) chat_set_system(c, strdup(text));
+        if (!system_fits(c)) return chat_set_system(c, before), note(c, "that is too long: more than half of the context"), true;
+        if (text[0]) chat_drop_turns(c, 0);
         note(c, "%s%s", c->system_text[0] ? "the system message is: " : "there is no system message", c->system_text);
     } else if ((text = command_argument(line, "/save")) != NULL) {
         if (text[0]) chat_save(c, text);
@@ -423,6 +429,7 @@ void chat_open(Chat *c) {
     chat_set_system(c, !own ? chat.system : kind == TEMPLATE_CHATML ? checkpoint_system(checkpoint) : "");
     int max_T = c->model.config.max_T, positions = chat.context > 0 ? (int)chat.context : max_T < 4096 ? max_T : 4096;
     CHECK(positions <= max_T, "--context %d is more than the %d positions of the model", positions, max_T);
+    CHECK(positions >= 16, "--context %d is too small for a question and an answer; at least 16", positions);
     CHECK((int)c->system.count < positions / 2, "the system message has %zu tokens, more than half of the context of %d", c->system.count,
           positions);
     machine_open(&c->model, 1, positions < PROMPT_CHUNK ? positions : PROMPT_CHUNK, 1, positions, RECOMPUTE_LAYERS, EVALUATE);
@@ -461,7 +468,9 @@ int chat_run(Chat *c) {
         if (is_command && !chat_command(c, line)) { free(line); break; }
         size_t from = chat.raw ? 0 : strspn(line, " \t\n"), length = strlen(line);
         while (!chat.raw && length > from && strchr(" \t\n", line[length - 1])) line[--length] = 0;
-        if (!is_command && length > from) {
+        bool empty = length <= from;
+        if (empty && chat.fresh && !c->interactive) printf("\n");          // answers keep their places
+        if (!is_command && !empty) {
             if (chat.fresh) chat_drop_turns(c, 0);
             chat_add_question(c, line + from);
             asked++;

@@ -134,6 +134,8 @@ Questions questions_read(const char *path) {
               row->line, row->count, csv.rows[0].count);
         Question question = {row->fields[columns[0]], {NULL}, 0};
         for (int i = 0; i < 4; i++) question.options[i] = row->fields[columns[1 + i]];
+        for (int i = 0; i < (eval.answer == ANSWER_TEXT ? 5 : 1); i++)
+            CHECK(row->fields[columns[i]][0], "%s:%ld: column %s is empty", path, row->line, names[i]);
         char letter = 0, rest = 0;
         int found = sscanf(row->fields[columns[5]], " %c %c", &letter, &rest);
         CHECK(found == 1 && letter >= 'A' && letter <= 'D', "%s:%ld: the answer is '%s', it must be A, B, C or D", path, row->line,
@@ -197,6 +199,7 @@ Exam exam_open(const char *path) {
     const char *folder = slash ? path_of("%.*s/../dev", (int)(slash - path), path) : "../dev";
     const char *examples = path_of(e.questions.layout == CMMLU ? "%s/%s.csv" : "%s/%s_dev.csv", folder, name);
     CHECK(file_exists(examples), "--shots %ld: no examples for %s, there is no %s", eval.shots, path, examples);
+    CHECK(!is_inside(path, examples), "--shots %ld: the questions of %s are the examples themselves; choose another --split", eval.shots, path);
     e.examples = questions_read(examples);
     CHECK(e.examples.layout == e.questions.layout, "%s is in the layout of %s, %s in that of %s", examples, LAYOUT_NAMES[e.examples.layout],
           path, LAYOUT_NAMES[e.questions.layout]);
@@ -224,6 +227,7 @@ typedef struct {
     int end;                                     // the token between texts
     Batch batch;                                 // one row of T tokens
     FILE *details;
+    AtomicFile json;
     bool progress;
 } Evaluation;
 
@@ -494,7 +498,8 @@ void print_choice(const ChoiceResult *r) {
     double p = question_accuracy(r);
     printf("  all questions counting the same %48.1f %%, +- %.1f (chance is 25.0)\n", p, sqrt(p * (100 - p) / r->questions));
     if (r->fewer_shots > 0) printf("  %d prompts were longer than --context: their first examples were dropped\n", r->fewer_shots);
-    if (r->cut > 0) printf("  %d questions were too long even alone: the beginning was cut off\n", r->cut);
+    if (r->cut > 0 && eval.answer == ANSWER_TEXT) printf("  %d questions have statements longer than --seq: their ends were cut off\n", r->cut);
+    else if (r->cut > 0) printf("  %d questions were too long even alone: the beginning was cut off\n", r->cut);
 }
 
 void print_text(const TextResult *r) {
@@ -581,6 +586,11 @@ bool is_token_file(const char *path) {
     return is;
 }
 
+bool is_directory(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
 void evaluation_open(Evaluation *v) {
     memset(v, 0, sizeof *v);
     v->tokenizer = open_checkpoint(&v->model);
@@ -600,7 +610,9 @@ void evaluation_open(Evaluation *v) {
         v->letters[i] = (int)list.ids[0];
         free(list.ids);
     }
+    CHECK(!eval.details[0] || strcmp(eval.details, eval.json) != 0, "--json and --details are both %s", eval.json);
     if (eval.details[0]) v->details = create_file(eval.details);
+    if (eval.json[0] && strcmp(eval.json, "-") != 0) v->json = open_atomic(eval.json);
     v->progress = isatty(STDERR_FILENO);
     batch_alloc(&v->batch, 1, v->T);
     v->end = t->im_end >= 0 ? t->im_end : t->endoftext;
@@ -610,17 +622,19 @@ void evaluation_open(Evaluation *v) {
 
 void evaluate_files(const char **paths, int count) {
     for (int i = 0; i < count; i++) {
-        struct stat st;
-        bool is_folder = stat(paths[i], &st) == 0 && S_ISDIR(st.st_mode);
         CHECK(file_exists(paths[i]), "cannot open %s: %s", paths[i], strerror(errno));
-        CHECK(is_folder || ends_with(paths[i], ".csv") || is_token_file(paths[i]), "%s is neither a token file of ./prepare, nor a .csv "
+        CHECK(is_directory(paths[i]) || ends_with(paths[i], ".csv") || is_token_file(paths[i]), "%s is neither a token file of ./prepare, nor a .csv "
               "file, nor a directory", paths[i]);
     }
     Evaluation *v = (Evaluation *)xmalloc(sizeof(Evaluation));
     TextResult *texts = (TextResult *)xmalloc((size_t)count * sizeof(TextResult));
     ChoiceResult *choices = (ChoiceResult *)xmalloc((size_t)count * sizeof(ChoiceResult));
     int num_texts = 0, num_choices = 0;
-    bool table = strcmp(eval.json, "-") != 0;
+    bool table = strcmp(eval.json, "-") != 0, asks = false, chooses = false;
+    for (int i = 0; i < count; i++) asks = asks || !is_token_file(paths[i]), chooses = chooses || is_directory(paths[i]);
+    CHECK(asks || !(was_given(&eval.shots) || was_given(&eval.chat_template) || was_given(&eval.answer)),
+          "--shots, --template and --answer are for questions; there are only token files");
+    CHECK(chooses || !was_given(&eval.split), "--split chooses a folder of a directory; there is no directory");
     evaluation_open(v);
     for (int i = 0; i < count; i++) {
         if (is_token_file(paths[i])) {
@@ -634,10 +648,9 @@ void evaluate_files(const char **paths, int count) {
     }
     if (v->details) close_file(v->details, eval.details);
     if (!table) json_results(stdout, texts, num_texts, choices, num_choices);
-    if (!eval.json[0] || !table) return;
-    AtomicFile a = open_atomic(eval.json);
-    json_results(a.file, texts, num_texts, choices, num_choices);
-    close_atomic(&a);
+    if (!v->json.file) return;
+    json_results(v->json.file, texts, num_texts, choices, num_choices);
+    close_atomic(&v->json);
 }
 
 #ifndef EVALUATE_NO_MAIN

@@ -311,6 +311,14 @@ void test_terminal(void) {
     check(session_says(&s, "cannot write /nowhere/x"), "/save where nothing can be written");
     session_types(&s, "/retry\n");
     check(session_says(&s, "the context is full"), "/retry");
+    char *words = (char *)xcalloc(1, 4000);
+    for (int i = 0; i < 400; i++) strcat(words, "你a");
+    session_types(&s, path_of("/system %s\n", words));
+    check(session_says(&s, "that is too long"), "/system with more than half of the context");
+    session_types(&s, path_of("%s\n", words)), free(words);
+    check(session_says(&s, "the question is too long"), "a question that is too long");
+    session_types(&s, "/retry\n");
+    check(session_says(&s, "the context is full"), "/retry after it answers the last question that fitted");
     session_types(&s, "/reset\n");
     check(session_says(&s, "a new conversation"), "/reset");
     session_types(&s, "/quit\n");
@@ -380,7 +388,7 @@ void test_pipe(void) {
     }
     int lines = 0;
     for (size_t i = 0; i < length; i++) lines += text[i] == '\n';
-    check(lines == 3, "--fresh: three questions, three lines");
+    check(lines == 4, "--fresh: three questions and an empty line, four lines");
     check(code == 0 && length > 300 && bad == 0 && replaced > 0 && controls == 0, "%zu bytes of nonsense through a pipe: whole characters, none that controls "
           "a terminal", length);
     free(text);

@@ -55,6 +55,8 @@ fails "accumulation beyond all data" "needs 4503599" $train --batch 2097152 --se
 fails "an epsilon that is 0 as a float" "it must be above 0" $train --eps 1e-60
 fails "a beta that is 1 as a float" "must be below 1" $train --beta1 0.999999999
 fails "--out ." "name a directory of its own" $train --steps 1 --out .
+fails "LoRA's options without its rank" "need --lora-rank" $train --lora-alpha 8
+fails "an option of dpo" "are part of --task dpo" $train --beta 0.2
 
 # files
 fails "no such data" "no such token files" ./train_qwen --data "$dir/none" --model tiny
@@ -97,6 +99,7 @@ fails "nothing left to do" "is complete: 20 updates" $train --steps 20 --out "$d
 fails "resume with another seq" "--seq was 32" $train --steps 30 --seq 16 --out "$dir/k" --resume
 ./prepare --tokenizer data/tiny_baike/tokenizer.bin --out "$dir/other" data/tiny_baike/web.jsonl > /dev/null
 fails "resume with other data" "was trained on other data" ./train_qwen --data "$dir/other" --model tiny --batch 2 --seq 32 --steps 30 --out "$dir/k" --resume
+fails "resume with another model" "leave out --model $dir/a" ./train_qwen --resume --model "$dir/a" --out "$dir/k" --steps 30 --batch 2 --seq 32
 says "resume finds data and model by itself" 'saved .*/k/step_00000021' ./train_qwen --resume --out "$dir/k" --steps 21 --batch 2 --seq 32 --sample-every 0
 says "resume with another batch says so" 'resume: --batch was 2, is now 4' $train --steps 30 --batch 4 --out "$dir/k" --resume
 
@@ -130,9 +133,22 @@ says "generate" '^长江' ./train_qwen generate --model "$dir/a" --prompt 长江
 ./train_qwen generate --model "$dir/a" --prompt 长江 --max-tokens 10 --seed 3 > "$dir/one"; echo 长江 | tr -d '\n' | ./train_qwen generate --model "$dir/a" --max-tokens 10 --seed 3 > "$dir/two"
 same "the prompt from standard input, and a seed" "$dir/one" "$dir/two"
 says "generate --ids" '^([0-9]+ )+$' ./train_qwen generate --model "$dir/a" --prompt 长江 --max-tokens 5 --ids --greedy
+fails "a prompt with a NUL byte" "has a NUL byte at 6" sh -c "printf '长江\0黄河' | ./train_qwen generate --model $dir/a"
 if [ -w /dev/full ]; then fails "output to a full disk" "cannot write the output" sh -c "./train_qwen info --model tiny > /dev/full"; fi
 fails "an empty prompt" "the prompt is empty" sh -c "./train_qwen generate --model $dir/a < /dev/null"
 says "a checkpoint as the model of a new run" saved ./train_qwen --data data/tiny_baike --model "$dir/a" --batch 2 --seq 32 --steps 2 --sample-every 0 --out "$dir/l"
+fails "a model inside --out" "lies in --out $dir/l" ./train_qwen --data data/tiny_baike --model "$dir/l" --batch 2 --seq 32 --steps 2 --out "$dir/l"
+says "export, a directory with a slash" "wrote $dir/export:" ./train_qwen export --model "$dir/a" --out "$dir/export/"
+cp -r dev/test/fixtures/qwen3 "$dir/tied"; sed -i.old 's/"tie_word_embeddings": false/"tie_word_embeddings": true/' "$dir/tied/config.json"
+fails "a head beside tied embeddings" "lm_head.weight is no copy of the embeddings" ./train_qwen export --model "$dir/tied" --out "$dir/t"
+./train_qwen --data data/tiny_baike --model "$dir/a" --batch 2 --seq 32 --steps 2 --sample-every 0 --lora-rank 2 --out "$dir/r" > /dev/null
+fails "a resumed adapter with another alpha" "must stay so on --resume" ./train_qwen --resume --out "$dir/r" --lora-alpha 3 --steps 4 --batch 2 --seq 32
+sed -i.old 's/"init_lora_weights": true/"init_lora_weights": "pissa_niter_4"/' "$dir/r/step_00000002/adapter_config.json"
+fails "an adapter that changes its base" "init_lora_weights" ./train_qwen export --model "$dir/r" --out "$dir/t"
+
+# signals: a reader that goes away, Ctrl-C before the first update
+$train --steps 1000 --log-every 1 --out "$dir/p" 2> /dev/null | head -n 12 > /dev/null
+says "| head: the run saves before it stops" 'resumed .*at update [0-9]+$' $train --steps 1000 --log-every 1 --out "$dir/p" --resume --steps 20
 
 echo "passed $passed, failed $failed, skipped 0"
 [ $failed -eq 0 ]

@@ -166,6 +166,10 @@ void run_context(const char *path) { eval.context = 1000, run_all(path); }
 void run_short_context(const char *path) { eval.context = 4, eval.chat_template = TEMPLATE_CHATML, run_all(path); }
 void run_text_shots(const char *path) { eval.answer = ANSWER_TEXT, eval.shots = 1, run_all(path); }
 void run_json(const char *path) { eval.json = "/nowhere/json", run_all(path); }
+void run_dev_shots(const char *path) { eval.split = 3, eval.shots = 1, run_all(path); }
+void read_statements(const char *path) { eval.answer = ANSWER_TEXT, questions_read(path); }
+void run_json_details(const char *path) { eval.json = eval.details = "both", run_all(path); }
+void run_given_shots(const char *path) { given[num_given++] = &eval.shots, run_all(path); }
 void run_preset(const char *path) { opt.model = "tiny", evaluate_files(&path, 1); }
 
 void check_bad_csv(const char *what, const char *text, const char *message) {
@@ -188,6 +192,9 @@ void test_bad_files(void) {
     check_bad_csv("an open quote", path_of("%s0,\"q,1,2,3,4,A\n1,q,1,2,3,4,B\n", head), "file.csv:2: the quote that opens here is never closed");
     check_bad_csv("text after a quote", path_of("%s0,\"q\"x,1,2,3,4,A\n", head), "file.csv:2: text after the closing quote");
     check_bad_csv("GBK", path_of("%s0,\xC4\xE3\xBA\xC3,1,2,3,4,A\n", head), "file.csv:2: not UTF-8; convert it");
+    check_bad_csv("an empty question", path_of("%s0,,1,2,3,4,A\n", head), "file.csv:2: column question is empty");
+    const char *empty = path_of("%s0,q,1,,3,4,A\n", head);
+    check_fails("an empty statement", read_statements, file_with(empty, strlen(empty)), "file.csv:2: column B is empty");
     check_fails("NUL", read_csv_file, file_with("id,question\n\0", 13), "file.csv:2: a NUL character");
     check_fails("no such file", run_all, "nowhere.csv", "cannot open nowhere.csv");
     check_fails("neither csv nor tokens", run_all, "Makefile", "Makefile is neither a token file");
@@ -200,6 +207,9 @@ void test_bad_files(void) {
     eval.shots = 0;
     check_fails("tokens of another tokenizer", run_all, "data/tiny_baike/val.bin", "was not made with the tokenizer of");
     check_fails("a context beyond the model", run_context, FIXTURES "/ceval", "the model has 512 positions");
+    check_fails("examples among the questions", run_dev_shots, FIXTURES "/ceval", "are the examples themselves");
+    check_fails("one file for two results", run_json_details, FIXTURES "/sft.bin", "--json and --details are both");
+    check_fails("examples for token files", run_given_shots, FIXTURES "/sft.bin", "are for questions; there are only token files");
     check_fails("statements with examples", run_text_shots, FIXTURES "/ceval", "--answer text compares statements by themselves");
     check_fails("a context without room", run_short_context, FIXTURES "/ceval", "--context 4 leaves no room for a question");
     check_fails("results that can't be written", run_json, FIXTURES "/sft.bin", "cannot write /nowhere/json");

@@ -1692,11 +1692,11 @@ const char *shape_text(char *buffer, bool is_vector, size_t rows, size_t cols) {
 
 // A head stored beside tied embeddings must be their copy; transformers would take another one in spite of "tie_word_embeddings".
 void check_tied_head(StoredTensor *head, const char *from, const float *wte, size_t count) {
-    enum { CHUNK = 1 << 16 };
-    float *chunk = (float *)xmalloc(sizeof(float) * CHUNK);
+    const size_t room = 1 << 16;
+    float *chunk = (float *)xmalloc(sizeof(float) * room);
     bool same = head->elements == count;
     for (size_t done = 0, n; same && done < count; done += n) {
-        n = count - done < CHUNK ? count - done : CHUNK;
+        n = count - done < room ? count - done : room;
         read_elements(head, chunk, n);
         same = memcmp(chunk, wte + done, sizeof(float) * n) == 0;
     }

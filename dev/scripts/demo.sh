@@ -8,7 +8,7 @@
 #     OUT=other PRETRAIN_EPOCHS=4 sh dev/scripts/demo.sh                         anything below can be given so
 set -e
 : "${OUT:=demo}" "${TINY:=data/tiny_baike}" "${QUESTIONS:=500}"
-: "${PRETRAIN_EPOCHS:=8}" "${SFT_EPOCHS:=1}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=5e-6}"
+: "${PRETRAIN_EPOCHS:=6}" "${SFT_EPOCHS:=2}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=5e-6}"
 mkdir -p "$OUT"
 began=$(date +%s)
 minutes() { echo $((($(date +%s) - began) / 60))m; }

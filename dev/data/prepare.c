@@ -868,26 +868,24 @@ void remove_stale(void) {
     for (struct dirent *entry; (entry = readdir(directory)) != NULL;) {
         const char *path = path_of("%s/%s", prep.out, entry->d_name);
         bool is_new = false;
-        for (int k = 0; k < output.count; k++) {
-            is_new |= strcmp(output.files[k].path, path) == 0 || strcmp(output.files[k].temporary, path) == 0;
-        }
+        for (int k = 0; k < output.count; k++) is_new |= strcmp(output.files[k].path, path) == 0;
         if (!is_token_file_name(entry->d_name) || is_new || unlink(path) != 0) continue;
         printf("%sremoved %s, left by an earlier run\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", path);
     }
     closedir(directory);
 }
 
-// The files get their names. All are on the disk by then, so this takes no time; should the program be killed in between, the tokenizer's
-// hash in the headers tells old from new.
+// The files get their names. The tokenizer is the last that a full disk can stop: nothing of an earlier run is gone before it is written.
+// The rest takes no time; should the program be killed in between, the tokenizer's hash in the headers tells old from new where they differ.
 void output_finish(const Encoder *e, float bigram_loss) {
     for (int i = 0; i < output.count; i++) output_header(&output.files[i], e, i == output.val ? bigram_loss : 0);
-    remove_stale();
     tokenizer_save_bin(e->tokenizer, path_of("%s/tokenizer.bin", prep.out));
     for (int i = 0; i < output.count; i++) {
         const TokenFile *f = &output.files[i];
         CHECK(rename(f->temporary, f->path) == 0, "cannot rename %s: %s", f->temporary, strerror(errno));
     }
     output.finished = true;
+    remove_stale();
     sync_directory(prep.out);
 }
 
@@ -1270,6 +1268,8 @@ void prepare(const char **paths, int num_paths) {
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
     CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written%s", dropped, num_paths,
           encoding_hint(&run));
+    CHECK(output.num_shards > 0, "all %" PRIu64 " documents fell to val.bin and none to train.bin; no file was written; lower --val-fraction",
+          run.documents);
 
     int full_vocabulary = t->vocab_size;
     for (int i = 0; i < output.count; i++) output_close(&output.files[i]);

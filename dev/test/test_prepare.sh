@@ -335,6 +335,11 @@ yes '{"text":"many words, many tokens, a large file"}' | head -n 100000 > "$D/ma
 fails "a full disk" "cannot write" sh -c "ulimit -f 500; exec '$P' --out '$D/full' '$D/many.jsonl'"
 equal "a full disk leaves no unfinished file" "$(ls "$D/full" | tr '\n' ' ')" "tokenizer.bin train.bin val.bin "
 same_file "and the files of the run before" "$D/full/train.bin" "$D/before"
+fails "a disk that is full when tokenizer.bin is written" "cannot write" \
+    sh -c "ulimit -f 500; exec '$P' --val-fraction 0 --shard-tokens 1000 --out '$D/full' '$D/1.jsonl'"
+equal "it too leaves the files of the run before" "$(ls "$D/full" | tr '\n' ' ')" "tokenizer.bin train.bin val.bin "
+fails "everything falls to val.bin" "lower --val-fraction" "$P" --val-fraction 0.999999 --out "$D/full" "$D/1.jsonl"
+same_file "and train.bin is the one of the run before" "$D/full/train.bin" "$D/before"
 mkfifo "$D/fifo"
 "$P" --out "$D/int" - < "$D/fifo" > "$D/log" 2>&1 &
 pid=$!

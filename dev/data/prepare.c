@@ -14,6 +14,7 @@
 #include "chat_template.h"
 #include "nfkc.h"
 #include <ctype.h>           // isalnum
+#include <poll.h>
 #include <strings.h>         // strcasecmp
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -107,6 +108,23 @@ typedef struct { Record *list; size_t count, capacity; } Records;
 static volatile sig_atomic_t interrupted;
 void on_interrupt(int signal_number) { interrupted = signal_number; }
 
+// A signal ends the program where it next reads, a second one ends it at once. One that is ignored (nohup) stays so.
+void catch_signal(int signal_number) {
+    struct sigaction action;
+    if (sigaction(signal_number, NULL, &action) != 0 || action.sa_handler == SIG_IGN) return;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = (int)SA_RESETHAND;
+    sigaction(signal_number, &action, NULL);
+}
+
+// read(), which a signal ends even while nothing comes: it may have gone to another thread, so waiting is no longer than 200 ms at a time.
+ssize_t read_some(int file, char *to, size_t room) {
+    struct pollfd input = {file, POLLIN, 0};
+    do CHECK(!interrupted, "interrupted; nothing was written"); while (poll(&input, 1, 200) <= 0);
+    return read(file, to, room);
+}
+
 void reader_fill(Reader *r) {
     size_t rest = r->end - r->begin, capacity = r->capacity;
     const char *from = r->buffer + r->begin;
@@ -125,8 +143,7 @@ void reader_fill(Reader *r) {
         r->buffer = (char *)xrealloc(r->buffer, r->capacity);
     }
     do {
-        CHECK(!interrupted, "interrupted; nothing was written");
-        ssize_t n = read(r->file, r->buffer + r->end, r->capacity - r->end);
+        ssize_t n = read_some(r->file, r->buffer + r->end, r->capacity - r->end);
         CHECK(n >= 0 || errno == EINTR, "cannot read %s: %s", r->path, strerror(errno));
         if (n == 0) r->at_end = true;
         if (n > 0) r->end += (size_t)n, r->bytes_read += (uint64_t)n;
@@ -1240,12 +1257,9 @@ void prepare(const char **paths, int num_paths) {
     CHECK(prep.out[0], "--out is missing: the directory for train.bin, val.bin and tokenizer.bin");
     CHECK(prep.val_fraction < 1, "--val-fraction is %g, it must be below 1", prep.val_fraction);
     CHECK(prep.max_chars == 0 || prep.max_chars >= prep.min_chars, "--max-chars is below --min-chars");
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_interrupt;            // without SA_RESTART, so that it also ends waiting for input
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+    catch_signal(SIGINT);
+    catch_signal(SIGTERM);
+    catch_signal(SIGHUP);
     signal(SIGXFSZ, SIG_IGN);                    // a file-size limit then shows as a failed write
     atexit(remove_unfinished);
 
@@ -1487,6 +1501,7 @@ int main(int argc, char **argv) {
     num_words = parse_options(PREPARE_OPTIONS, 1u << command, argc, argv, command > 0 ? 2 : 1, words);
     CHECK(command == 0 || command == 3 || num_words == 0, "'%s' is not an option of %s; a file is given with --file", words[0],
           names[command]);
+    CHECK(prep.threads <= 1024, "--threads is %ld, it must be at most 1024", prep.threads);
 #ifdef _OPENMP
     if (prep.threads > 0) omp_set_num_threads((int)prep.threads);
 #endif

@@ -340,20 +340,31 @@ fails "a disk that is full when tokenizer.bin is written" "cannot write" \
 equal "it too leaves the files of the run before" "$(ls "$D/full" | tr '\n' ' ')" "tokenizer.bin train.bin val.bin "
 fails "everything falls to val.bin" "lower --val-fraction" "$P" --val-fraction 0.999999 --out "$D/full" "$D/1.jsonl"
 same_file "and train.bin is the one of the run before" "$D/full/train.bin" "$D/before"
+# sleep_until FILE: waits until it is there and not empty
+sleep_until() { i=0; while [ ! -s "$1" ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; }
 mkfifo "$D/fifo"
-"$P" --out "$D/int" - < "$D/fifo" > "$D/log" 2>&1 &
+for threads in 1 4; do
+    "$P" --threads $threads --out "$D/int" - < "$D/fifo" > "$D/log" 2>&1 &
+    pid=$!
+    exec 3> "$D/fifo"
+    cat "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" >&3
+    sleep 2
+    kill -TERM $pid
+    sleep_until "$D/log"
+    lines=$(grep -c 'interrupted' "$D/log")
+    exec 3>&-
+    wait $pid
+    equal "interrupted while it waits, --threads $threads: exit code, one line, no file" "$? $lines $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
+done
+(trap '' HUP; exec "$P" --val-fraction 0 --out "$D/ignored" - < "$D/fifo" > /dev/null 2>&1) &
 pid=$!
 exec 3> "$D/fifo"
 cat "$D/good.jsonl" >&3
-sleep 1
-kill -TERM $pid
-wait $pid
-code=$?
+sleep 0.5
+kill -HUP $pid
 exec 3>&-
-equal "interrupted: exit code, one line, no file" "$code $(grep -c 'interrupted' "$D/log") $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
-
-# sleep_until FILE: waits until it is there and not empty
-sleep_until() { i=0; while [ ! -s "$1" ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; }
+wait $pid
+equal "nohup: an ignored signal stays ignored" $? 0
 for shards in 0 100000; do
     cp -r "$D/full" "$D/killed"
     "$P" --shard-tokens $shards --out "$D/killed" - < "$D/fifo" > /dev/null 2>&1 &
@@ -419,6 +430,7 @@ fails "an unknown option" "did you mean --trim-vocab" "$P" --trim-vocap --out "$
 fails "an unknown --eos" "no special token" "$P" --eos '<eos>' --out "$D/x" "$D/l.jsonl"
 fails "--special none has no end" "choose another --eos or --special" "$P" --special none --out "$D/x" "$D/l.jsonl"
 fails "--val-fraction 1" "must be below 1" "$P" --val-fraction 1 --out "$D/x" "$D/l.jsonl"
+fails "100000 threads" "at most 1024" "$P" --threads 100000 --out "$D/x" "$D/l.jsonl"
 fails "nothing kept" "nothing was kept of 3" "$P" --min-chars 100 --out "$D/x" "$D/l.jsonl"
 : > "$D/empty.jsonl"
 fails "an empty file" "nothing was kept of 0" "$P" --out "$D/x" "$D/empty.jsonl"

@@ -98,8 +98,12 @@ typedef struct {
     uint64_t line, column;         // of buffer[begin]; lines from 1, columns from 0
     uint64_t bytes_read;
     int open_arrays;
-    bool lost;                     // after a broken record: look for a line that begins one, no further right than lost_column
-    uint64_t lost_column;
+    bool shares_line;              // something other than blanks and commas stands before buffer[begin] on its line
+    bool lost;                     // after a broken record: look for a line that begins one, no further right than lost_column,
+    uint64_t lost_column;          // or, if the broken one shared its line, for },{ and its own first key:
+    char lost_head[64];            // the broken record up to there; its first character always
+    size_t lost_head_len;          // 0: don't look for that
+    uint64_t lost_bytes;           // passed over so far, without blanks
 } Reader;
 
 typedef struct { const char *text; size_t len; uint64_t line; const char *problem; } Record;    // problem: why it can't be parsed
@@ -167,6 +171,8 @@ bool has_ending(const char *path, const char *ending) {
     return n >= m && strcasecmp(path + n - m, ending) == 0;
 }
 
+bool has_json_name(const char *path) { return has_ending(path, ".json") || has_ending(path, ".jsonl"); }
+
 // By name if it says so, else by content: JSON begins with { or [.
 Format detect_format(const Reader *r) {
     static const char *const magic[][2] = {
@@ -183,7 +189,7 @@ Format detect_format(const Reader *r) {
               "says how to convert)", r->path, magic[i][1]);
     }
     if (has_ending(r->path, ".txt")) return FORMAT_TEXT;
-    if (has_ending(r->path, ".json") || has_ending(r->path, ".jsonl")) return FORMAT_JSON;
+    if (has_json_name(r->path)) return FORMAT_JSON;
     while (at < r->end && strchr(" \t\r\n\xEF\xBB\xBF", r->buffer[at]) && r->buffer[at]) at++;
     return at < r->end && (r->buffer[at] == '{' || r->buffer[at] == '[') ? FORMAT_JSON : FORMAT_TEXT;
 }
@@ -216,6 +222,7 @@ bool take_record(Reader *r, size_t n, const char *problem, Record *record) {
     record->line = r->line;
     record->problem = problem;
     reader_advance(r, n);
+    r->shares_line = r->column > 0;
     return true;
 }
 
@@ -233,6 +240,17 @@ StringEnd find_string_end(const char *s, size_t at, size_t len, size_t *end) {
     }
     *end = len;
     return STRING_OPEN;
+}
+
+// Length of the record that is the string s[0, end): it ends there, or text follows and the whole line is no JSON. 0: needs more bytes.
+size_t string_extent(const Reader *r, const char *s, size_t end, size_t len, const char **problem) {
+    size_t next = end;
+    while (next < len && s[next] != '\n' && is_blank_char(s[next])) next++;
+    bool is_record = next == len || s[next] == '\n' || s[next] == ',' || s[next] == ']';
+    if (!is_record) while (next < len && s[next] != '\n') next++;
+    if (next == len && !r->at_end && len < MAX_RECORD) return 0;
+    if (!is_record) *problem = "text after the string";
+    return is_record ? end : next;
 }
 
 // Length of the record that begins at s[0] with { or ", 0 if more bytes are needed. One broken record must not take others with it:
@@ -262,28 +280,48 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
             if (misplaced || repeated) return *problem = "it is cut off", i;
             is_object[++depth <= JSON_MAX_DEPTH ? depth : JSON_MAX_DEPTH] = c == '{';
         } else if ((c == '}' || c == ']') && depth > 0) depth--;
-        if (depth == 0) return i + 1;
+        if (depth == 0) return c == '"' ? string_extent(r, s, i + 1, len, problem) : i + 1;
         previous = c;
         line_begins = false;
     }
     if (i == len && !r->at_end && len < MAX_RECORD) return 0;
     r->lost = true;
     r->lost_column = r->column;
+    r->lost_head_len = r->shares_line && key <= sizeof r->lost_head ? key : 0;
+    memcpy(r->lost_head, s, r->lost_head_len > 0 ? r->lost_head_len : 1);
     *problem = i >= MAX_RECORD ? "it is longer than 16 MB" : i < len ? "line break inside a string" : "the file ends inside it";
     return i;
 }
 
-// Goes to the next line that can begin a record. False: it may come with more bytes.
+// Can a record begin behind s[0], a line end or a }? 1: yes, 0: no, -1: more bytes will tell.
+int json_begins(const Reader *r, const char *s, size_t len) {
+    size_t at = 1, head = r->lost_head_len;
+    bool comma = false;
+    if (*s == '}') {
+        for (; at < len && (is_blank_char(s[at]) || (s[at] == ',' && !comma)); at++) comma |= s[at] == ',';
+        if (len - at < head && !r->at_end && memcmp(s + at, r->lost_head, len - at) == 0) return -1;
+        return comma && len - at >= head && memcmp(s + at, r->lost_head, head) == 0;
+    }
+    while (at < len && (s[at] == ' ' || s[at] == '\t')) at++;
+    if (at < len && at - 1 > r->lost_column) return 0;
+    while (at < len && (s[at] == ' ' || s[at] == '\t' || s[at] == ',' || s[at] == '[')) at++;
+    if (at == len) return r->at_end ? 0 : -1;
+    return s[at] == '{' || (s[at] == '"' && r->lost_head[0] == '"');
+}
+
+// Goes on to what can begin a record after a broken one. False: it may come with more bytes.
 bool json_resync(Reader *r) {
     while (r->begin < r->end) {
-        const char *s = r->buffer + r->begin, *newline = (const char *)memchr(s, '\n', r->end - r->begin);
-        size_t rest = r->end - r->begin, line = newline ? (size_t)(newline - s) + 1 : rest, first = line;
-        while (first < rest && (s[first] == ' ' || s[first] == '\t')) first++;
-        if (first == rest && !r->at_end) return reader_advance(r, newline ? line - 1 : rest), false;
-        reader_advance(r, line);
-        if (first < rest && s[first] == '{' && first - line <= r->lost_column) return r->lost = false, true;
+        const char *s = r->buffer + r->begin;
+        size_t rest = r->end - r->begin, n = 0;
+        while (n < rest && s[n] != '\n' && (s[n] != '}' || r->lost_head_len == 0)) r->lost_bytes += !is_blank_char(s[n++]);
+        int begins = n < rest ? json_begins(r, s + n, rest - n) : 0;
+        if (begins < 0) return reader_advance(r, n), false;
+        if (n < rest) r->lost_bytes += s[n] == '}', r->shares_line = s[n++] == '}';
+        reader_advance(r, n);
+        if (begins > 0) return r->lost = false, true;
     }
-    if (r->at_end) r->lost = false;
+    if (r->at_end) r->lost = false, r->open_arrays = 0;          // what was passed over may have closed them
     return r->at_end;
 }
 
@@ -296,7 +334,8 @@ bool next_json(Reader *r, Record *record) {
     const char *problem = NULL;
     for (; len > 0; s++, len--) {
         if (len >= 3 && memcmp(s, "\xEF\xBB\xBF", 3) == 0) s += 2, len -= 2;       // files were joined
-        else if (*s == '[' || *s == ']') r->open_arrays += *s == '[' ? 1 : -1;
+        else if (*s == '[' || *s == ']') r->open_arrays += *s == '[' ? 1 : -1, r->shares_line = true;
+        else if (*s == '\n') r->shares_line = false;
         else if (*s != ',' && !is_blank_char(*s)) break;
     }
     reader_advance(r, (size_t)(s - start));
@@ -999,6 +1038,8 @@ typedef struct {
     int task;                                    // a Task, or TASK_AUTO until the first record
     uint64_t documents, records[NUM_REASONS], chars, tokens, trained, longest;
     uint64_t bytes, total_bytes;                 // read so far; of all files, 0 if one isn't a regular file
+    uint64_t lost_bytes;                         // behind broken records
+    bool is_text_perhaps;                        // a file that only looks like JSON gave malformed JSON and nothing else
     unsigned char *used;                         // by id
     uint64_t *seen, num_seen, seen_size;         // --dedup: hashes, open addressing, 0 empty
     Sample *samples;
@@ -1124,7 +1165,7 @@ void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *p
     static Records batches[2];
     Doc *documents[2] = {NULL, NULL};
     bool terminal = isatty(STDOUT_FILENO);
-    uint64_t bytes_before = run->bytes;
+    uint64_t bytes_before = run->bytes, documents_before = run->documents, malformed_before = run->records[BAD_JSON];
     reader_open(r, path, FORMAT_AUTO, false);
     CHECK(r->format == FORMAT_JSON || run->task == TASK_PRETRAIN || run->task == TASK_AUTO,
           "%s is plain text; --task %s needs JSON records", r->path, PREPARE_TASKS[run->task]);
@@ -1150,6 +1191,10 @@ void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *p
     }
     take_batch(run, r, &batches[!now], documents[!now]);
     run->bytes = bytes_before + r->bytes_read;
+    run->lost_bytes += r->lost_bytes;
+    if (r->format == FORMAT_JSON && !has_json_name(path) && run->documents == documents_before) {
+        run->is_text_perhaps |= run->records[BAD_JSON] > malformed_before;
+    }
     reader_close(r);
 }
 
@@ -1204,10 +1249,11 @@ Tokenizer *trim(Preparation *run, const Tokenizer *t) {
     return small;
 }
 
-const char *encoding_hint(const Preparation *run) {
+const char *input_hint(const Preparation *run) {
     uint64_t others = 0;
     for (int r = 0; r < NUM_REASONS; r++) others += r != BAD_UTF8 ? run->records[r] : 0;
-    return run->records[BAD_UTF8] > others ? "; is it GBK? then: iconv -f GB18030 -t UTF-8 FILE | ./prepare --out DIR -" : "";
+    if (run->records[BAD_UTF8] > others) return "; is it GBK? then: iconv -f GB18030 -t UTF-8 FILE | ./prepare --out DIR -";
+    return run->is_text_perhaps ? " (read as JSON; name it .txt if it is text)" : "";
 }
 
 void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabulary, float bigram) {
@@ -1234,7 +1280,8 @@ void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabula
     for (int r = KEPT + 1, n = 0; r < NUM_REASONS; r++) {
         if (run->records[r] > 0) printf("%s%" PRIu64 " %s", n++ ? ", " : ": ", run->records[r], REASONS[r]);
     }
-    printf("%s\n%.1f MB in %.1f s, %.1f MB/s\n", encoding_hint(run), (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
+    if (run->lost_bytes > 0) printf("; %" PRIu64 " bytes behind broken records were passed over", run->lost_bytes);
+    printf("%s\n%.1f MB in %.1f s, %.1f MB/s\n", input_hint(run), (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
 }
 
 uint64_t total_size(const char **paths, int count) {
@@ -1281,7 +1328,7 @@ void prepare(const char **paths, int num_paths) {
     uint64_t dropped = 0;
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
     CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written%s", dropped, num_paths,
-          encoding_hint(&run));
+          input_hint(&run));
     CHECK(output.num_shards > 0, "all %" PRIu64 " documents fell to val.bin and none to train.bin; no file was written; lower --val-fraction",
           run.documents);
 

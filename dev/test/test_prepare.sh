@@ -215,6 +215,23 @@ skips "a record cut where { could stand" "dropped: 2 records: 2 malformed" 2
 printf '[\n  {\n    "text": "p1"\n  },\n  {\n    "text": "p2,\n    "m": {"k": 1}\n  },\n  {\n    "text": "p3"\n  }\n]\n' > "$D/pcut.json"
 prep pcut "$D/pcut.json"
 skips "pretty-printed: a broken record takes no other with it" "pcut.json:5: .*line break" 2
+printf '"good1"\n"broken\n"good2"\n"good3"\n' > "$D/strings.jsonl"
+prep strings "$D/strings.jsonl"
+skips "strings: a broken one takes no other with it" "dropped: 1 records: 1 malformed JSON$" 3
+printf '[{"text":"good1"}\n,{"text":"broken\n,{"text":"good2"}\n,{"text":"good3"}]' > "$D/commas.json"
+prep commas "$D/commas.json"
+skips "lines that begin with a comma" "dropped: 1 records: 1 malformed JSON$" 3
+for first in '{"text":"a"},' ''; do
+    { printf '[%s{"text":"b\nb","list":[{"x":1}, {"x":2}]}' "$first"; i=1; while [ $i -le 1000 ]; do printf ', {"text":"good%d"}' $i; i=$((i + 1)); done; printf ']'; } > "$D/line.json"
+    prep line "$D/line.json"
+    skips "an array on one line: what is behind a broken record is found" "1 malformed JSON; 28 bytes behind broken" $((1000 + ${#first} / 13))
+done
+printf '{"title":"a\nb","sections":[{"title":"c","content":"d"},{"title":"e","content":"f"}]}\n{"title":"g","sections":[]}\n' > "$D/sections.jsonl"
+prep sections "$D/sections.jsonl"
+skips "but nothing inside a broken record" "1 malformed JSON; 72 bytes behind broken" 1
+printf '["a", "b"]\n"c" \n"d" or not\n"e", "f" g\n"h"' > "$D/after.json"
+prep after "$D/after.json"
+equal "text after a string makes no record" "$(text "$D/after/train.bin")" 'a<|im_end|>|b<|im_end|>|c<|im_end|>|e<|im_end|>|h<|im_end|>|'
 bad() { # name, record, reason
     printf '%b\n{"text":"good"}\n' "$2" > "$D/bad.jsonl"
     prep bad --task pretrain "$D/bad.jsonl"
@@ -435,6 +452,8 @@ fails "nothing kept" "nothing was kept of 3" "$P" --min-chars 100 --out "$D/x" "
 : > "$D/empty.jsonl"
 fails "an empty file" "nothing was kept of 0" "$P" --out "$D/x" "$D/empty.jsonl"
 printf '{"text":"\326\320\316\304"}\n' > "$D/gbk.jsonl"
+printf '[1] see below\n\n"Hello," he said.\n' > "$D/notes"
+fails "text that looks like JSON" "name it .txt if it is text" sh -c "'$P' --out '$D/x' '$D/notes' 2>&1 | tail -n 1 >&2; exit 1"
 fails "GBK" "is it GBK" sh -c "'$P' --out '$D/x' '$D/gbk.jsonl' 2>&1 | tail -n 1 >&2; exit 1"
 printf 'version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n' > "$D/lfs.json"
 fails "a git-lfs pointer" "git lfs pull" "$P" --out "$D/x" "$D/lfs.json"

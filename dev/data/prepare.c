@@ -431,12 +431,13 @@ size_t read_batch(Reader *r, Records *batch) {
 // 3. Records to documents. This runs in parallel, one record a call; nothing here may depend on other records.
 
 typedef enum {
-    KEPT, BAD_JSON, BAD_UTF8, BAD_SURROGATE, HAS_NUL, NO_FIELD, NULL_FIELD, WRONG_TYPE, EMPTY_TEXT, UNKNOWN_ROLE, NO_ANSWER,
-    DUPLICATE, TOO_SHORT, TOO_LONG, NUM_REASONS
-} Reason;                                        // up to NO_ANSWER: bad records, which --strict doesn't allow
+    KEPT, BAD_JSON, BAD_UTF8, BAD_SURROGATE, HAS_NUL, NO_FIELD, NULL_FIELD, WRONG_TYPE, EMPTY_TEXT, UNKNOWN_ROLE, NO_ANSWER, TWO_PROMPTS,
+    EQUAL_ANSWERS, LAST_BAD = EQUAL_ANSWERS, DUPLICATE, TOO_SHORT, TOO_LONG, NUM_REASONS
+} Reason;                                        // up to LAST_BAD: bad records, which --strict doesn't allow
 static const char *const REASONS[] = {
     "", "malformed JSON", "invalid UTF-8", "lone surrogate", "NUL character", "missing field", "null field", "wrong type", "empty text",
-    "unknown role", "no answer", "duplicate", "below --min-chars", "above --max-chars",
+    "unknown role", "no answer", "with two different prompts", "with two equal answers", "duplicate", "below --min-chars",
+    "above --max-chars",
 };
 
 typedef struct {
@@ -454,7 +455,7 @@ typedef struct {
     size_t chars;
 } Doc;
 
-typedef struct { Role role; const char *text; size_t len; } Message;
+typedef struct { Role role; const char *text; size_t len; bool has_input; } Message;      // has_input: an instruction with its input
 typedef struct { char *data; size_t size, capacity; } Text;
 typedef struct { Message *list; int count, capacity; Text joined; } Conversation;        // joined: instruction and input
 
@@ -492,14 +493,6 @@ char *replace_compatibility(const char *text, size_t len, size_t *new_len) {
     return out;
 }
 
-void encode(const Encoder *e, const char *text, size_t len, uint32_t flags, TokenList *out) {
-    size_t from = out->count;
-    char *copy = prep.nfkc ? replace_compatibility(text, len, &len) : NULL;
-    tokenizer_encode(e->tokenizer, copy ? copy : text, len, SPECIALS_AS_TEXT, out);
-    free(copy);
-    for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
-}
-
 Encoder encoder_make(const Tokenizer *t, Task task) {
     Encoder e;
     memset(&e, 0, sizeof e);
@@ -514,10 +507,12 @@ Encoder encoder_make(const Tokenizer *t, Task task) {
     return e;
 }
 
+bool is_empty_text(const char *text, size_t len) { return split_skip(text, 0, len, CLASS_SPACE) == len; }
+
 // Counts and checks one text of a document.
 bool add_text(Doc *d, const char *text, size_t len, const char *field) {
     if (memchr(text, 0, len)) return refuse(d, HAS_NUL, field);
-    if (split_skip(text, 0, len, CLASS_SPACE) == len) return refuse(d, EMPTY_TEXT, field);
+    if (is_empty_text(text, len)) return refuse(d, EMPTY_TEXT, field);
     for (size_t i = 0; i < len; i++) d->chars += (text[i] & 0xC0) != 0x80;
     d->hash = fnv1a(fnv1a(d->hash, "", 1), text, len);                     // the NUL separates texts
     return true;
@@ -580,7 +575,9 @@ static const char *const ARTICLE_FIELDS[] = {"段落", "sections", "summary", NU
 
 void encode_text(const Encoder *e, Doc *d, const char *text, size_t len, const char *field) {
     if (!add_text(d, text, len, field) || !check_length(d)) return;
-    encode(e, text, len, 0, &d->tokens);
+    char *copy = prep.nfkc ? replace_compatibility(text, len, &len) : NULL;
+    tokenizer_encode_text(e->tokenizer, copy ? copy : text, len, &d->tokens);
+    free(copy);
     token_list_push(&d->tokens, e->end_id);
     d->tokens.ids[0] |= TOKEN_DOC_START;
 }
@@ -611,7 +608,7 @@ void push_message(Conversation *c, Role role, const char *text, size_t len) {
         c->capacity = 2 * c->capacity + 8;
         c->list = (Message *)xrealloc(c->list, (size_t)c->capacity * sizeof(Message));
     }
-    Message m = {role, text, len};
+    Message m = {role, text, len, false};
     c->list[c->count++] = m;
 }
 
@@ -621,22 +618,27 @@ bool add_message(Doc *d, Conversation *c, Role role, const char *text, size_t le
     return true;
 }
 
-// {"from": "human", "value": ...} or {"role": "user", "content": ...}
-bool add_message_json(Doc *d, Conversation *c, const Json *message) {
-    static const char *const who[] = {"role", "from", NULL}, *const what[] = {"content", "value", NULL};
+static const char *const ROLE_FIELDS[] = {"role", "from", NULL};
+
+// NUM_ROLES if it is none.
+Role find_role(const char *name) {
     static const char *const names[NUM_ROLES][5] = {{"system"}, {"user", "human"}, {"assistant", "gpt", "bot", "chatgpt", "model"}};
+    for (int r = 0; r < NUM_ROLES; r++) {
+        for (int i = 0; i < 5 && names[r][i]; i++) if (strcasecmp(name, names[r][i]) == 0) return (Role)r;
+    }
+    return NUM_ROLES;
+}
+
+// {"from": "human", "value": ...} or {"role": "user", "content": ...}; a blank system message counts as none.
+bool add_message_json(Doc *d, Conversation *c, const Json *message) {
+    static const char *const what[] = {"content", "value", NULL};
     const char *role_field = "role", *text_field = "content";
     if (message->type != JSON_OBJECT) return refuse(d, WRONG_TYPE, "message");
-    const Json *role = first_of(message, who, &role_field), *text = first_of(message, what, &text_field);
+    const Json *role = first_of(message, ROLE_FIELDS, &role_field), *text = first_of(message, what, &text_field);
     if (!is_string(d, role, role ? role_field : "role") || !is_string(d, text, text ? text_field : "content")) return false;
-    for (int r = 0; r < NUM_ROLES; r++) {
-        for (int i = 0; i < 5 && names[r][i]; i++) {
-            if (strcasecmp(role->text, names[r][i]) != 0) continue;
-            bool is_empty_system = r == ROLE_SYSTEM && text->len == 0;
-            return is_empty_system || add_message(d, c, (Role)r, text->text, text->len, text_field);
-        }
-    }
-    return refuse(d, UNKNOWN_ROLE, role_field);
+    Role r = find_role(role->text);
+    if (r == NUM_ROLES) return refuse(d, UNKNOWN_ROLE, role_field);
+    return (r == ROLE_SYSTEM && is_empty_text(text->text, text->len)) || add_message(d, c, r, text->text, text->len, text_field);
 }
 
 // A string, a message, or a list of messages.
@@ -654,15 +656,22 @@ static const char *const PROMPT_FIELDS[] = {"instruction", "prompt", "question",
 static const char *const ANSWER_FIELDS[] = {"output", "response", "answer", "completion", NULL};
 static const char *const REJECTED_FIELDS[] = {"rejected", "reject", NULL};
 
+// The field "system", if there is one and it is not blank.
+bool add_system(Doc *d, Conversation *c, const Json *record) {
+    const Json *system = json_get(record, "system");
+    if (!system || system->type == JSON_NULL) return true;
+    if (!is_string(d, system, "system")) return false;
+    return is_empty_text(system->text, system->len) || add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system");
+}
+
 // What the user says: a list of messages, or system, history [[question, answer], ...], instruction and input.
 bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
     const char *field = PROMPT_FIELDS[0];
-    const Json *list = first_of(record, LIST_FIELDS, &field), *system = json_get(record, "system");
+    const Json *list = first_of(record, LIST_FIELDS, &field);
     const Json *prompt = list ? list : first_of(record, PROMPT_FIELDS, &field), *input = json_get(record, "input");
     if (list && list->type != JSON_ARRAY) return refuse(d, list->type == JSON_NULL ? NULL_FIELD : WRONG_TYPE, field);
     if (!prompt) field = PROMPT_FIELDS[0];
-    bool has_system = system && system->type == JSON_STRING && system->len > 0;
-    if (has_system && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
+    if (!add_system(d, c, record)) return false;
     const Json *history = list ? NULL : json_get(record, "history");
     if (history && history->type != JSON_ARRAY && history->type != JSON_NULL) return refuse(d, WRONG_TYPE, "history");
     for (const Json *turn = history ? history->child : NULL; turn; turn = turn->next) {
@@ -672,14 +681,14 @@ bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
         if (!add_message(d, c, ROLE_ASSISTANT, answer->text, answer->len, "history")) return false;
     }
     if (input && input->type != JSON_STRING && input->type != JSON_NULL) return refuse(d, WRONG_TYPE, "input");
-    bool has_input = input && input->type == JSON_STRING && split_skip(input->text, 0, input->len, CLASS_SPACE) < input->len;
-    bool is_mini = e->chat.kind == TEMPLATE_MINI_LLM;             // "{instruction} {input}", the space also without input
-    if (!prompt || prompt->type != JSON_STRING || (!has_input && !is_mini)) return add_messages(d, c, prompt, ROLE_USER, field);
+    bool has_input = input && input->type == JSON_STRING && !is_empty_text(input->text, input->len);
+    if (!prompt || prompt->type != JSON_STRING || !has_input) return add_messages(d, c, prompt, ROLE_USER, field);
     c->joined.size = 0;
     add_bytes(&c->joined, prompt->text, prompt->len);
     if (prompt->len > 0) add_bytes(&c->joined, template_joint(&e->chat), 1);
-    if (has_input) add_bytes(&c->joined, input->text, input->len);
-    return add_message(d, c, ROLE_USER, c->joined.data ? c->joined.data : "", c->joined.size, field);
+    add_bytes(&c->joined, input->text, input->len);
+    if (!add_message(d, c, ROLE_USER, c->joined.data, c->joined.size, field)) return false;
+    return c->list[c->count - 1].has_input = true;
 }
 
 // The messages as the template says, end_id once more if the last token is another.
@@ -690,11 +699,22 @@ void encode_conversation(const Encoder *e, const Conversation *c, int first_trai
         const Message *m = &c->list[i];
         uint32_t flags = m->role == ROLE_ASSISTANT && i >= first_trained ? 0 : TOKEN_NO_LOSS;
         template_before(&e->chat, m->role, i == 0, TOKEN_NO_LOSS, out);
-        template_content(&e->chat, e->tokenizer, m->role, m->text, m->len, flags, out);
+        size_t len = m->len;
+        char *copy = prep.nfkc ? replace_compatibility(m->text, len, &len) : NULL;
+        const char *text = copy ? copy : m->text;
+        if (m->role == ROLE_USER && !m->has_input) template_question(&e->chat, e->tokenizer, text, len, flags, out);
+        else template_content(&e->chat, e->tokenizer, m->role, text, len, flags, out);
+        free(copy);
         template_after(&e->chat, m->role, flags, out);
     }
     if ((out->ids[out->count - 1] & TOKEN_ID_MASK) != e->end_id) token_list_push(out, e->end_id | TOKEN_NO_LOSS);
     out->ids[begin] |= TOKEN_DOC_START;
+}
+
+void move_last_to_front(Conversation *c) {
+    Message last = c->list[c->count - 1];
+    memmove(c->list + 1, c->list, (size_t)(c->count - 1) * sizeof(Message));
+    c->list[0] = last;
 }
 
 // Ends the conversation with its last answer, and puts a system message before it if it has none: --system, or Qwen2.5's with its
@@ -705,9 +725,7 @@ bool finish_conversation(Doc *d, Conversation *c) {
     if (c->count == 0) return refuse(d, NO_ANSWER, "");
     if (text[0] == 0 || c->list[0].role == ROLE_SYSTEM) return true;
     push_message(c, ROLE_SYSTEM, text, strlen(text));
-    Message system = c->list[c->count - 1];
-    memmove(c->list + 1, c->list, (size_t)(c->count - 1) * sizeof(Message));
-    c->list[0] = system;
+    move_last_to_front(c);
     return true;
 }
 
@@ -723,25 +741,51 @@ void encode_sft(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     if (finish_conversation(d, c) && check_length(d)) encode_conversation(e, c, 0, &d->tokens);
 }
 
+// A whole conversation as an answer may lack the system message that the record has: as "system", or at the start of its prompt.
+bool add_system_of_prompt(Doc *d, Conversation *c, const Json *record) {
+    const char *field;
+    int count = c->count;
+    if (!add_system(d, c, record)) return false;
+    const Json *prompt = first_of(record, LIST_FIELDS, &field);
+    if (!prompt) prompt = first_of(record, PROMPT_FIELDS, &field);
+    const Json *first = prompt && prompt->type == JSON_ARRAY ? prompt->child : NULL, *role = first_of(first, ROLE_FIELDS, &field);
+    bool is_system = c->count == count && role && role->type == JSON_STRING && find_role(role->text) == ROLE_SYSTEM;
+    if (is_system && !add_message_json(d, c, first)) return false;
+    if (c->count > count) move_last_to_front(c);
+    return true;
+}
+
 // One side of a pair. An answer given as a list of messages may hold the prompt too (then it doesn't begin with the assistant).
 bool encode_side(const Encoder *e, Doc *d, const Json *record, const Json *answer, const char *field, Conversation *c) {
+    Doc before = *d;
     c->count = 0;
     if (!add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
     if (c->count == 0 || c->list[0].role == ROLE_ASSISTANT) {
-        c->count = 0;
+        *d = before, c->count = 0;
         if (!add_prompt(e, d, c, record) || !add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
-    }
+    } else if (c->list[0].role != ROLE_SYSTEM && !add_system_of_prompt(d, c, record)) return false;
     if (!finish_conversation(d, c)) return false;
     encode_conversation(e, c, c->count - 1, &d->tokens);
     return true;
+}
+
+// What differs is the last answer, and nothing else.
+bool check_pair(Doc *d, size_t chosen) {
+    const uint32_t *a = d->tokens.ids, *b = a + chosen;
+    size_t rejected = d->tokens.count - chosen, prompt = 0;
+    while (a[prompt] & TOKEN_NO_LOSS) prompt++;
+    bool same_prompt = prompt < rejected && memcmp(a, b, prompt * sizeof *a) == 0 && !(b[prompt] & TOKEN_NO_LOSS);
+    if (!same_prompt) return refuse(d, TWO_PROMPTS, "");
+    return chosen != rejected || memcmp(a, b, chosen * sizeof *a) != 0 || refuse(d, EQUAL_ANSWERS, "");
 }
 
 void encode_dpo(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     const char *field = "rejected";
     const Json *rejected = first_of(record, REJECTED_FIELDS, &field);
     if (!rejected) field = "rejected";
-    if (!encode_side(e, d, record, json_get(record, "chosen"), "chosen", c) || !encode_side(e, d, record, rejected, field, c)) return;
-    check_length(d);
+    if (!encode_side(e, d, record, json_get(record, "chosen"), "chosen", c)) return;
+    size_t chosen = d->tokens.count;
+    if (encode_side(e, d, record, rejected, field, c) && check_pair(d, chosen)) check_length(d);
 }
 
 // A Task, or TASK_AUTO if the record has no field that says.
@@ -932,7 +976,7 @@ void remove_stale(void) {
 }
 
 // The files get their names. The tokenizer is the last that a full disk can stop: nothing of an earlier run is gone before it is written.
-// The rest takes no time; should the program be killed in between, the tokenizer's hash in the headers tells old from new where they differ.
+// The rest takes no time; should the program be killed in between, the tokenizer's hash in the headers tells whether old and new mix.
 void output_finish(const Encoder *e, float bigram_loss) {
     for (int i = 0; i < output.count; i++) output_header(&output.files[i], e, i == output.val ? bigram_loss : 0);
     tokenizer_save_bin(e->tokenizer, path_of("%s/tokenizer.bin", prep.out));
@@ -1076,7 +1120,7 @@ bool belongs_to_val(uint64_t hash) { return (double)(mix64(hash) >> 11) * 0x1p-5
 
 void report_bad(Preparation *run, const char *path, const Record *record, const Doc *d) {
     uint64_t bad = 0;
-    for (int r = KEPT + 1; r <= NO_ANSWER; r++) bad += run->records[r];
+    for (int r = KEPT + 1; r <= LAST_BAD; r++) bad += run->records[r];
     char reason[256];
     snprintf(reason, sizeof reason, "%s%s%s%s", REASONS[d->reason], d->detail[0] ? " (" : "", d->detail, d->detail[0] ? ")" : "");
     CHECK(!prep.strict, "%s:%" PRIu64 ": %s; --strict stops here, nothing was written", path, record->line, reason);
@@ -1106,7 +1150,7 @@ void keep_sample(Preparation *run, Format format, const Record *record, const Do
 void take(Preparation *run, const Reader *r, const Record *record, Doc *d) {
     if (d->reason == KEPT && prep.dedup && !is_first(run, d->hash)) d->reason = DUPLICATE;
     run->records[d->reason]++;
-    if (d->reason >= BAD_JSON && d->reason <= NO_ANSWER) report_bad(run, r->path, record, d);
+    if (d->reason >= BAD_JSON && d->reason <= LAST_BAD) report_bad(run, r->path, record, d);
     if (d->reason != KEPT) return;
     uint64_t length = 0;
     for (size_t i = 0; i < d->tokens.count; i++) {
@@ -1140,6 +1184,13 @@ void print_progress(Preparation *run, bool terminal) {
     fflush(stdout);
 }
 
+// An option that the task has no use for is a mistake.
+void check_task(int task) {
+    CHECK(!prep.field[0] || (task != TASK_SFT && task != TASK_DPO), "--field is for pretraining, not for --task %s", PREPARE_TASKS[task]);
+    CHECK(task != TASK_PRETRAIN || (prep.chat_template == TEMPLATE_CHATML && !prep.system[0]),
+          "--%s is for sft and dpo, but this is pretraining; leave it out, or give --task", prep.system[0] ? "system" : "template");
+}
+
 void find_task(Preparation *run, const Tokenizer *t, Format format, const Records *batch) {
     for (size_t i = 0; i < batch->count && run->task == TASK_AUTO; i++) {
         Json *json = format == FORMAT_JSON && !batch->list[i].problem ? json_parse(batch->list[i].text, batch->list[i].len, NULL) : NULL;
@@ -1147,6 +1198,7 @@ void find_task(Preparation *run, const Tokenizer *t, Format format, const Record
         if (json) run->task = detect_task(json);
         json_free(json);
     }
+    check_task(run->task);
     run->encoder = encoder_make(t, run->task == TASK_AUTO ? TASK_PRETRAIN : (Task)run->task);
 }
 
@@ -1304,6 +1356,7 @@ void prepare(const char **paths, int num_paths) {
     CHECK(prep.out[0], "--out is missing: the directory for train.bin, val.bin and tokenizer.bin");
     CHECK(prep.val_fraction < 1, "--val-fraction is %g, it must be below 1", prep.val_fraction);
     CHECK(prep.max_chars == 0 || prep.max_chars >= prep.min_chars, "--max-chars is below --min-chars");
+    check_task(prep.task);
     catch_signal(SIGINT);
     catch_signal(SIGTERM);
     catch_signal(SIGHUP);
@@ -1329,8 +1382,8 @@ void prepare(const char **paths, int num_paths) {
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
     CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written%s", dropped, num_paths,
           input_hint(&run));
-    CHECK(output.num_shards > 0, "all %" PRIu64 " documents fell to val.bin and none to train.bin; no file was written; lower --val-fraction",
-          run.documents);
+    CHECK(output.num_shards > 0, "all %" PRIu64 " documents fell to val.bin, none to train.bin; no file was written; lower "
+          "--val-fraction", run.documents);
 
     int full_vocabulary = t->vocab_size;
     for (int i = 0; i < output.count; i++) output_close(&output.files[i]);

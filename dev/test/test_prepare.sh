@@ -168,6 +168,22 @@ equal "--template mini_llm: the prompt's tokens are those of the whole prompt" "
     "$(tokens_of '你是一个助手 用户: 你是谁？  回答: ') $(stars "$(tokens_of '我是助手。')") $END*|$(tokens_of '你是一个助手 用户: 解释 光 回答: ') $(stars "$(tokens_of '波。')") $END*|"
 prep mini --template mini_llm "$D/s.jsonl"
 equal "--template mini_llm" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
+for record in '{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"ok"}]}' '{"prompt":"hi","answer":"ok","input":" "}' \
+    '{"chosen":[{"from":"human","value":"hi"},{"from":"gpt","value":"ok"}],"rejected":[{"from":"human","value":"hi"},{"from":"gpt","value":"no"}]}'; do
+    echo "$record" > "$D/s2.jsonl"
+    prep mini --template mini_llm "$D/s2.jsonl"
+    equal "--template mini_llm $(echo "$record" | cut -c1-50)..." "$(ids "$D/mini/train.bin" | head -1)" "$(tokens_of '你是一个助手 用户: hi  回答: ') $(stars "$OK") $END*"
+done
+printf '{"instruction":"hi","output":"ok","history":[["hi","ok"]]}\n' > "$D/s2.jsonl"
+prep mini --template mini_llm "$D/s2.jsonl"
+equal "--template mini_llm: history" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
+printf '{"system":"Ｓ","instruction":"ｈｉ","output":"ｏｋ"}\n' > "$D/s2.jsonl"
+prep nfkc --nfkc "$D/s2.jsonl"
+equal "--nfkc: every message" "$(text "$D/nfkc/train.bin")" '<|im_start|>system|S<|im_end|>|<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
+printf '{"system":[1],"instruction":"hi","output":"ok"}\n{"system":" \\n","instruction":"hi","output":"ok"}\n{"system":null,"instruction":"hi","output":"ok"}\n' > "$D/s2.jsonl"
+prep blank "$D/s2.jsonl"
+skips "system: neither text nor null" "skipped, wrong type (system)" 2
+equal "system: a blank one is none" "$(ids "$D/blank/train.bin" | sort -u)" "$HI_OK"
 prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
 equal "--template none" "$(text "$D/none/train.bin")" 'hi⟦ok<|endoftext|>⟧|'
 printf '{"prompt":"hi","chosen":"ok","rejected":"hi"}\n' > "$D/d.jsonl"
@@ -191,6 +207,22 @@ done
 printf '{"chosen":[%s,%s,%s,%s],"rejected":[%s,%s,%s,%s]}\n' "$U" "$AO" "$U" "$AO" "$U" "$AO" "$U" "$AH" > "$D/d3.jsonl"
 prep dpo3 "$D/d3.jsonl"
 equal "dpo: only the last answer is trained" "$(ids "$D/dpo3/train.bin" | head -1)" "$(echo "$HI_OK" | tr -d '*') $NL $HI_OK"
+SYSTEM="$IM 8948 $NL $(tokens_of S) $END $NL"
+for record in "{\"system\":\"S\",\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" \
+    "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$AO],\"rejected\":[$AH]}"; do
+    echo "$record" > "$D/d2.jsonl"
+    prep dpo2 "$D/d2.jsonl"
+    equal "dpo, system message $(echo "$record" | cut -c1-50)..." "$(ids "$D/dpo2/train.bin" | tr '\n' '|')" "$SYSTEM $(echo "$PAIR" | sed "s/|$IM/|$SYSTEM $IM/")"
+done
+printf '{"prompt":"hi","chosen":"ok","rejected":"ok"}\n{"chosen":[%s,%s],"rejected":[%s,%s]}\n%s\n' "$U" "$AO" '{"role":"user","content":"bye"}' "$AH" '{"prompt":"hi","chosen":"ok","rejected":"hi"}' > "$D/d2.jsonl"
+prep dpo2 "$D/d2.jsonl"
+skips "dpo: equal answers, different prompts" "1 with two different prompts, 1 with two equal answers" 2
+fails "dpo: --strict" "d2.jsonl:1: with two equal answers" "$P" --strict --out "$D/x" "$D/d2.jsonl"
+prep dpo2 --max-chars 8 "$D/d.jsonl"
+skips "dpo: the limits count both sides, each once" "dropped: 0" 2
+printf '{"prompt":[%s],"chosen":[%s],"rejected":[%s]}\n' "$U" "$AO" "$AH" > "$D/d2.jsonl"
+prep dpo2 --max-chars 8 "$D/d2.jsonl"
+skips "dpo: so with lists of messages" "dropped: 0" 2
 printf '{"instruction":"only a prompt","output":""}\n{"messages":[{"role":"user","content":"hi"}]}\n%s\n' '{"instruction":"hi","output":"ok"}' > "$D/p.jsonl"
 prep prompts "$D/p.jsonl"
 skips "T6: prompts without an answer are dropped and counted" "2 records: 1 empty text, 1 no answer" 1
@@ -444,6 +476,9 @@ fails "a directory" "is a directory" "$P" --out "$D/x" "$D"
 fails "an unknown tokenizer" "cannot open the tokenizer" "$P" --tokenizer "$D/nothere" --out "$D/x" "$D/l.jsonl"
 fails "a tokenizer that is none" "no tokenizer" "$P" --tokenizer "$D/t.txt" --out "$D/x" "$D/l.jsonl"
 fails "an unknown option" "did you mean --trim-vocab" "$P" --trim-vocap --out "$D/x" "$D/l.jsonl"
+fails "--field for conversations" "field is for pretraining, not for --task sft" "$P" --task sft --field a --out "$D/x" "$D/s.jsonl"
+fails "--template for pretraining" "template is for sft and dpo" "$P" --template mini_llm --out "$D/x" "$D/l.jsonl"
+fails "--system for pretraining" "system is for sft and dpo" "$P" --task pretrain --system S --out "$D/x" "$D/l.jsonl"
 fails "an unknown --eos" "no special token" "$P" --eos '<eos>' --out "$D/x" "$D/l.jsonl"
 fails "--special none has no end" "choose another --eos or --special" "$P" --special none --out "$D/x" "$D/l.jsonl"
 fails "--val-fraction 1" "must be below 1" "$P" --val-fraction 1 --out "$D/x" "$D/l.jsonl"

@@ -63,7 +63,7 @@ static const Option PREPARE_OPTIONS[] = {
     {"max-chars",    P_,       OPTION_INT,    &prep.max_chars,        0, NULL, "drop documents with more characters; 0: no limit"},
     {"dedup",        P_,       OPTION_FLAG,   &prep.dedup,            0, NULL, "drop repeated documents (same 64-bit hash)"},
     {"nfkc",         P_,       OPTION_FLAG,   &prep.nfkc,             0, NULL, "normalise with NFKC (full-width forms, ...); Qwen: NFC"},
-    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "at most so many in train_00000.bin, ...; 0: one file"},
+    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "tokens of a train_NNNNN.bin, more for a longer document; 0: one"},
     {"strict",       P_,       OPTION_FLAG,   &prep.strict,           0, NULL, "stop at the first bad record, don't skip it"},
     {"show",         P_,       OPTION_INT,    &prep.show,             0, NULL, "print so many documents of the result"},
     {"threads",      P_|K_,    OPTION_INT,    &prep.threads,          0, NULL, "0: OMP_NUM_THREADS, or all cores"},
@@ -96,7 +96,7 @@ typedef struct {
     size_t begin, end, capacity, spare_capacity;
     bool keep;                     // what is in the buffer may not be overwritten: go on in the spare one
     uint64_t line, column;         // of buffer[begin]; lines from 1, columns from 0
-    uint64_t bytes_read;
+    uint64_t bytes_read, size;     // size: of a regular file when it was opened, from where reading began; else 0
     int open_arrays;
     bool shares_line;              // something other than blanks and commas stands before buffer[begin] on its line
     bool lost;                     // after a broken record: look for a line that begins one, no further right than lost_column,
@@ -150,6 +150,7 @@ void reader_fill(Reader *r) {
         ssize_t n = read_some(r->file, r->buffer + r->end, r->capacity - r->end);
         CHECK(n >= 0 || errno == EINTR, "cannot read %s: %s", r->path, strerror(errno));
         if (n == 0) r->at_end = true;
+        CHECK(!r->at_end || r->bytes_read >= r->size, "%s became shorter while it was read", r->path);
         if (n > 0) r->end += (size_t)n, r->bytes_read += (uint64_t)n;
     } while (!r->at_end && r->end < r->capacity && !r->interactive);
 }
@@ -204,7 +205,10 @@ void reader_open(Reader *r, const char *path, Format format, bool interactive) {
     r->line = 1;
     r->interactive = interactive;
     CHECK(r->file >= 0, "cannot open %s: %s", path, strerror(errno));
-    CHECK(fstat(r->file, &st) != 0 || !S_ISDIR(st.st_mode), "%s is a directory; name the files, for example %s/*.jsonl", path, path);
+    CHECK(fstat(r->file, &st) == 0, "cannot open %s: %s", path, strerror(errno));
+    CHECK(!S_ISDIR(st.st_mode), "%s is a directory; name the files, for example %s/*.jsonl", path, path);
+    off_t at = S_ISREG(st.st_mode) ? lseek(r->file, 0, SEEK_CUR) : st.st_size;
+    r->size = at < st.st_size ? (uint64_t)(st.st_size - at) : 0;
     reader_fill(r);
     r->format = format == FORMAT_AUTO ? detect_format(r) : format;
     bool has_mark = r->end >= 3 && memcmp(r->buffer, "\xEF\xBB\xBF", 3) == 0;
@@ -555,12 +559,13 @@ bool add_line(Text *t, Doc *d, const Json *part, const char *field) {
     return true;
 }
 
-// Encyclopedia articles (Baidu Baike's crawl, MNBVC): the title and the parts, a line each.
+// Encyclopedia articles (Baidu Baike's crawl, MNBVC) and others with a title: the title and the parts, a line each.
 bool article_text(Doc *d, const Json *record, Text *t) {
     static const char *const lists[] = {"sections", "段落", NULL};
     const char *field = "";
     const Json *list = first_of(record, lists, &field);
     if (!add_line(t, d, json_get(record, "title"), "title") || !add_line(t, d, json_get(record, "summary"), "summary")) return false;
+    if (!add_line(t, d, json_get(record, "content"), "content")) return false;
     if (list && list->type != JSON_ARRAY && list->type != JSON_NULL) return refuse(d, WRONG_TYPE, field);
     for (const Json *part = list ? list->child : NULL; part; part = part->next) {
         if (part->type != JSON_OBJECT && part->type != JSON_NULL) return refuse(d, WRONG_TYPE, field);
@@ -591,7 +596,8 @@ void encode_pretrain(const Encoder *e, Doc *d, const Json *record) {
         if (!value) value = json_at(record, field);
     } else if (record->type == JSON_OBJECT) {
         value = first_of(record, TEXT_FIELDS, &field);
-        if (!value && first_of(record, ARTICLE_FIELDS, &article_field)) {
+        bool has_title = value && value->type == JSON_STRING && strcmp(field, "content") == 0 && json_get(record, "title");
+        if (has_title ? !is_empty_text(value->text, value->len) : !value && first_of(record, ARTICLE_FIELDS, &article_field)) {
             if (article_text(d, record, &article)) encode_text(e, d, article.data ? article.data : "", article.size, "title, parts");
             free(article.data);
             return;
@@ -1578,11 +1584,13 @@ void print_prepare_help(void) {
            "  ./prepare show FILE [options]            header and first documents of a token file\n"
            "  ./prepare tokenize [options]             text -> one line of ids\n"
            "  ./prepare detokenize [options]           lines of ids -> text, exactly their bytes\n\n"
-           "Records: {\"text\"}, {\"completion\"}, {\"content\"}, {\"title\", \"summary\", \"sections\"}, {\"段落\": [{\"内容\"}]};\n"
+           "Records: {\"text\"}, {\"completion\"}, {\"content\"}, {\"title\", \"content\"}, {\"title\", \"summary\", \"sections\"},\n"
+           "{\"段落\": [{\"内容\"}]};\n"
            "sft: {\"instruction\", \"input\", \"output\"}, {\"conversations\" or \"messages\": [...]};\n"
            "dpo: {\"prompt\", \"chosen\", \"rejected\"}.\n"
            "Plain text: documents are separated by blank lines. dev/data/formats.md has the data sets and the details.\n"
-           "Memory: below 1 GB for files of any size; --dedup adds 11 to 32 bytes a document.\n\nOptions (defaults in brackets):\n");
+           "Memory: below 1 GB for files of any size (records of up to 16 MB that are mostly numbers can take more); --dedup adds\n"
+           "11 to 32 bytes a document.\n\nOptions (defaults in brackets):\n");
     print_options(PREPARE_OPTIONS, COMMAND_PREPARE);
     printf("\nOptions of show:\n");
     print_options(PREPARE_OPTIONS, COMMAND_SHOW);

@@ -98,6 +98,9 @@ equal "text: blank lines, CRLF, byte order mark" "$(text "$D/text/train.bin")" '
 printf '{"title":"青蛙","summary":null,"sections":[{"title":"食性","content":"吃虫。"},{"title":null},{"content":"跳。"}],"tags":[],"url":"x"}\n{"title":"鸟","summary":"会飞。","sections":[]}\n' > "$D/b.jsonl"
 prep baike "$D/b.jsonl"
 equal "Baidu Baike" "$(text "$D/baike/train.bin")" '青蛙|食性|吃虫。|跳。<|im_end|>|鸟|会飞。<|im_end|>|'
+printf '{"title":"鸟","content":"会飞。"}\n{"title":null,"content":"吃虫。"}\n{"title":"空","content":" "}\n' > "$D/b.jsonl"
+prep baike "$D/b.jsonl"
+equal "title and content" "$(text "$D/baike/train.bin")" '鸟|会飞。<|im_end|>|吃虫。<|im_end|>|'
 printf '{"文件名":"a","段落":[{"行号":0,"内容":"一。"},{"行号":2,"内容":"二。"}]}\n' > "$D/m.jsonl"
 prep mnbvc "$D/m.jsonl"
 equal "MNBVC" "$(text "$D/mnbvc/train.bin")" '一。|二。<|im_end|>|'
@@ -117,6 +120,13 @@ fails "UTF-16" "is UTF-16" "$P" --out "$D/x" "$D/utf16.json"
 printf '{"a":{"b":"deep"},"text":"not this"}\n' > "$D/f.jsonl"
 prep field --field a.b "$D/f.jsonl"
 equal "--field" "$(text "$D/field/train.bin")" 'deep<|im_end|>|'
+KEY=$(printf '%080d' 1)
+printf '{"a":[{"b":"zero"},{"b":"one"}],"l":["zero"],"m":{"%s2":"no","%s":"long"}}\n' "$KEY" "$KEY" > "$D/f.jsonl"
+prep field --field a.1.b "$D/f.jsonl"
+equal "--field: an element of a list" "$(text "$D/field/train.bin")" 'one<|im_end|>|'
+prep field --field "m.$KEY" "$D/f.jsonl"
+equal "--field: a long key" "$(text "$D/field/train.bin")" 'long<|im_end|>|'
+fails "--field: no element of a list" "nothing was kept" sh -c "'$P' --field l.b --out '$D/x' '$D/f.jsonl' 2>&1 | tail -n 1 >&2; exit 1"
 prep eos --eos '<|endoftext|>' "$D/1.jsonl"
 equal "--eos" "$(ids "$D/eos/train.bin" | sed 's/.* //')" "151643"
 printf '{"text":"Ａ１，ﬁ①㈱ e\\u0301 ｶﾞ ㎏"}\n' > "$D/k.jsonl"
@@ -405,6 +415,12 @@ for threads in 1 4; do
     wait $pid
     equal "interrupted while it waits, --threads $threads: exit code, one line, no file" "$? $lines $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
 done
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat "$D/many.jsonl"; done > "$D/shrinks.jsonl"
+"$P" --threads 1 --val-fraction 0 --out "$D/int" "$D/shrinks.jsonl" > /dev/null 2> "$D/log" &
+sleep_until "$D/int/train.bin.tmp"
+: > "$D/shrinks.jsonl"
+wait $!
+equal "a file that is cut while it is read" "$? $(grep -c 'became shorter while it was read' "$D/log")" "1 1"
 (trap '' HUP; exec "$P" --val-fraction 0 --out "$D/ignored" - < "$D/fifo" > /dev/null 2>&1) &
 pid=$!
 exec 3> "$D/fifo"

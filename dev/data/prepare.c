@@ -63,7 +63,7 @@ static const Option PREPARE_OPTIONS[] = {
     {"max-chars",    P_,       OPTION_INT,    &prep.max_chars,        0, NULL, "drop documents with more characters; 0: no limit"},
     {"dedup",        P_,       OPTION_FLAG,   &prep.dedup,            0, NULL, "drop repeated documents (same 64-bit hash)"},
     {"nfkc",         P_,       OPTION_FLAG,   &prep.nfkc,             0, NULL, "normalise with NFKC (full-width forms, ...); Qwen: NFC"},
-    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "tokens of a train_NNNNN.bin, more for a longer document; 0: one"},
+    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "at most so many a file, or one document; 0: one file"},
     {"strict",       P_,       OPTION_FLAG,   &prep.strict,           0, NULL, "stop at the first bad record, don't skip it"},
     {"show",         P_,       OPTION_INT,    &prep.show,             0, NULL, "print so many documents of the result"},
     {"threads",      P_|K_,    OPTION_INT,    &prep.threads,          0, NULL, "0: OMP_NUM_THREADS, or all cores"},

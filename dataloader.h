@@ -147,6 +147,8 @@ void check_token(const Loader *l, int shard, uint64_t position) {
     uint32_t id = s->tokens[position] & ~(TOKEN_NO_LOSS | TOKEN_DOC_START);      // bits 24-29 must be 0 too
     CHECK(id < (uint32_t)l->vocab_size, "%s: token %" PRIu64 " has id %u, but the model's vocabulary ends at %d; "
           "prepare the data with the model's tokenizer", s->path, position, id, l->vocab_size - 1);
+    CHECK(id < s->header->vocab_size, "%s: token %" PRIu64 " has id %u, but the file's own vocabulary ends at %u: it is damaged; "
+          "prepare it again", s->path, position, id, s->header->vocab_size - 1);
 }
 
 // Packed: how many tokens of a document there is room for.

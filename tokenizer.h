@@ -1400,17 +1400,19 @@ void tokenizer_load_merges_json(const Tokenizer *t, const Json *merges, const ch
 
 // Follows "a.b.0.c" through objects and arrays; NULL where there is nothing.
 const Json *json_at(const Json *value, const char *where) {
-    char name[64];
     while (value && *where) {
         size_t n = strcspn(where, ".");
-        snprintf(name, sizeof(name), "%.*s", (int)n, where);
-        where += n + (where[n] == '.');
-        if (value->type == JSON_ARRAY) {
-            int index = atoi(name);
-            for (value = value->child; value && index > 0; index--) value = value->next;
-        } else {
-            value = json_get(value, name);
+        const Json *found = NULL;
+        if (value->type == JSON_ARRAY && n > 0 && strspn(where, "0123456789") == n) {
+            unsigned long index = strtoul(where, NULL, 10);
+            for (found = value->child; found && index > 0; index--) found = found->next;
+        } else if (value->type == JSON_OBJECT) {
+            for (const Json *member = value->child; member; member = member->next) {
+                if (strncmp(member->key, where, n) == 0 && member->key[n] == 0) found = member;
+            }
         }
+        value = found;
+        where += n + (where[n] == '.');
     }
     return value;
 }

@@ -152,7 +152,7 @@ void chat_add_question(Chat *c, const char *text) {
     memset(turn, 0, sizeof *turn);
     turn->question = strdup(text);
     if (chat.raw) tokenizer_encode(c->tokenizer, text, strlen(text), SPECIALS_PARSED, &turn->asked);
-    else template_question(&c->layout, c->tokenizer, text, strlen(text), &turn->asked);
+    else template_question(&c->layout, c->tokenizer, text, strlen(text), 0, &turn->asked);
 }
 
 // Keeps the answer's tokens. Thinking is not kept, as in Qwen3's template: it would fill the context and be imitated.

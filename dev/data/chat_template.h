@@ -5,10 +5,10 @@
 //   mini_llm    你是一个助手 用户: question 回答: answer END: MINI_LLM's
 //   none        question answer END
 //
-// A message is template_before, template_content, template_after. The special tokens come from here alone; content is always text. Role, \n
-// and content are encoded one by one, as Qwen's chat code does, so content that begins with \n is not merged with the template's \n.
-// MINI_LLM encodes all before the answer as one text, in which a token may begin with the space before the question: that space counts as
-// content.
+// A message is template_before, template_content (template_question if the user asks), template_after. The special tokens come from here
+// alone; content is always text. Role, \n and content are encoded one by one, as Qwen's chat code does, so content that begins with \n is
+// not merged with the template's \n. MINI_LLM encodes all before the answer as one text, in which a token may begin with the space before
+// the question: that space counts as content.
 #ifndef CHAT_TEMPLATE_H
 #define CHAT_TEMPLATE_H
 
@@ -41,7 +41,7 @@ void push_tokens(TokenList *out, const TokenList *list, uint32_t flags) {
     for (size_t i = 0; i < list->count; i++) token_list_push(out, list->ids[i] | flags);
 }
 
-// What joins an instruction and its input. MINI_LLM has its space also after an instruction without input.
+// What joins an instruction and its input.
 const char *template_joint(const ChatTemplate *c) { return c->kind == TEMPLATE_MINI_LLM ? " " : "\n"; }
 
 // Appends the content's tokens, each with the flags.
@@ -55,12 +55,12 @@ void template_content(const ChatTemplate *c, const Tokenizer *t, Role role, cons
     free(joined);
 }
 
-// The content of a question that stands alone, as prepare writes an instruction without input.
-void template_question(const ChatTemplate *c, const Tokenizer *t, const char *text, size_t len, TokenList *out) {
+// The content of a user message that is no instruction joined with its input. In MINI_LLM's the space for the input is there all the same.
+void template_question(const ChatTemplate *c, const Tokenizer *t, const char *text, size_t len, uint32_t flags, TokenList *out) {
     char *joined = (char *)xmalloc(len + 1);
     memcpy(joined, text, len);
     if (c->kind == TEMPLATE_MINI_LLM) joined[len++] = *template_joint(c);
-    template_content(c, t, ROLE_USER, joined, len, 0, out);
+    template_content(c, t, ROLE_USER, joined, len, flags, out);
     free(joined);
 }
 

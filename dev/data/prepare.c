@@ -14,6 +14,7 @@
 #include "chat_template.h"
 #include "nfkc.h"
 #include <ctype.h>           // isalnum
+#include <poll.h>
 #include <strings.h>         // strcasecmp
 
 // ---------------------------------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ static const Option PREPARE_OPTIONS[] = {
     {"max-chars",    P_,       OPTION_INT,    &prep.max_chars,        0, NULL, "drop documents with more characters; 0: no limit"},
     {"dedup",        P_,       OPTION_FLAG,   &prep.dedup,            0, NULL, "drop repeated documents (same 64-bit hash)"},
     {"nfkc",         P_,       OPTION_FLAG,   &prep.nfkc,             0, NULL, "normalise with NFKC (full-width forms, ...); Qwen: NFC"},
-    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "at most so many in train_00000.bin, ...; 0: one file"},
+    {"shard-tokens", P_,       OPTION_INT,    &prep.shard_tokens,     0, NULL, "at most so many a file, or one document; 0: one file"},
     {"strict",       P_,       OPTION_FLAG,   &prep.strict,           0, NULL, "stop at the first bad record, don't skip it"},
     {"show",         P_,       OPTION_INT,    &prep.show,             0, NULL, "print so many documents of the result"},
     {"threads",      P_|K_,    OPTION_INT,    &prep.threads,          0, NULL, "0: OMP_NUM_THREADS, or all cores"},
@@ -95,10 +96,14 @@ typedef struct {
     size_t begin, end, capacity, spare_capacity;
     bool keep;                     // what is in the buffer may not be overwritten: go on in the spare one
     uint64_t line, column;         // of buffer[begin]; lines from 1, columns from 0
-    uint64_t bytes_read;
+    uint64_t bytes_read, size;     // size: of a regular file when it was opened, from where reading began; else 0
     int open_arrays;
-    bool lost;                     // after a broken record: look for a line that begins one, no further right than lost_column
-    uint64_t lost_column;
+    bool shares_line;              // something other than blanks and commas stands before buffer[begin] on its line
+    bool lost;                     // after a broken record: look for a line that begins one, no further right than lost_column,
+    uint64_t lost_column;          // or, if the broken one shared its line, for },{ and its own first key:
+    char lost_head[64];            // the broken record up to there; its first character always
+    size_t lost_head_len;          // 0: don't look for that
+    uint64_t lost_bytes;           // passed over so far, without blanks
 } Reader;
 
 typedef struct { const char *text; size_t len; uint64_t line; const char *problem; } Record;    // problem: why it can't be parsed
@@ -106,6 +111,23 @@ typedef struct { Record *list; size_t count, capacity; } Records;
 
 static volatile sig_atomic_t interrupted;
 void on_interrupt(int signal_number) { interrupted = signal_number; }
+
+// A signal ends the program where it next reads, a second one ends it at once. One that is ignored (nohup) stays so.
+void catch_signal(int signal_number) {
+    struct sigaction action;
+    if (sigaction(signal_number, NULL, &action) != 0 || action.sa_handler == SIG_IGN) return;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = (int)SA_RESETHAND;
+    sigaction(signal_number, &action, NULL);
+}
+
+// read(), which a signal ends even while nothing comes: it may have gone to another thread, so waiting is no longer than 200 ms at a time.
+ssize_t read_some(int file, char *to, size_t room) {
+    struct pollfd input = {file, POLLIN, 0};
+    do CHECK(!interrupted, "interrupted; nothing was written"); while (poll(&input, 1, 200) <= 0);
+    return read(file, to, room);
+}
 
 void reader_fill(Reader *r) {
     size_t rest = r->end - r->begin, capacity = r->capacity;
@@ -125,10 +147,10 @@ void reader_fill(Reader *r) {
         r->buffer = (char *)xrealloc(r->buffer, r->capacity);
     }
     do {
-        CHECK(!interrupted, "interrupted; nothing was written");
-        ssize_t n = read(r->file, r->buffer + r->end, r->capacity - r->end);
+        ssize_t n = read_some(r->file, r->buffer + r->end, r->capacity - r->end);
         CHECK(n >= 0 || errno == EINTR, "cannot read %s: %s", r->path, strerror(errno));
         if (n == 0) r->at_end = true;
+        CHECK(!r->at_end || r->bytes_read >= r->size, "%s became shorter while it was read", r->path);
         if (n > 0) r->end += (size_t)n, r->bytes_read += (uint64_t)n;
     } while (!r->at_end && r->end < r->capacity && !r->interactive);
 }
@@ -150,6 +172,8 @@ bool has_ending(const char *path, const char *ending) {
     return n >= m && strcasecmp(path + n - m, ending) == 0;
 }
 
+bool has_json_name(const char *path) { return has_ending(path, ".json") || has_ending(path, ".jsonl"); }
+
 // By name if it says so, else by content: JSON begins with { or [.
 Format detect_format(const Reader *r) {
     static const char *const magic[][2] = {
@@ -166,7 +190,7 @@ Format detect_format(const Reader *r) {
               "says how to convert)", r->path, magic[i][1]);
     }
     if (has_ending(r->path, ".txt")) return FORMAT_TEXT;
-    if (has_ending(r->path, ".json") || has_ending(r->path, ".jsonl")) return FORMAT_JSON;
+    if (has_json_name(r->path)) return FORMAT_JSON;
     while (at < r->end && strchr(" \t\r\n\xEF\xBB\xBF", r->buffer[at]) && r->buffer[at]) at++;
     return at < r->end && (r->buffer[at] == '{' || r->buffer[at] == '[') ? FORMAT_JSON : FORMAT_TEXT;
 }
@@ -181,7 +205,10 @@ void reader_open(Reader *r, const char *path, Format format, bool interactive) {
     r->line = 1;
     r->interactive = interactive;
     CHECK(r->file >= 0, "cannot open %s: %s", path, strerror(errno));
-    CHECK(fstat(r->file, &st) != 0 || !S_ISDIR(st.st_mode), "%s is a directory; name the files, for example %s/*.jsonl", path, path);
+    CHECK(fstat(r->file, &st) == 0, "cannot open %s: %s", path, strerror(errno));
+    CHECK(!S_ISDIR(st.st_mode), "%s is a directory; name the files, for example %s/*.jsonl", path, path);
+    off_t at = S_ISREG(st.st_mode) ? lseek(r->file, 0, SEEK_CUR) : st.st_size;
+    r->size = at < st.st_size ? (uint64_t)(st.st_size - at) : 0;
     reader_fill(r);
     r->format = format == FORMAT_AUTO ? detect_format(r) : format;
     bool has_mark = r->end >= 3 && memcmp(r->buffer, "\xEF\xBB\xBF", 3) == 0;
@@ -199,6 +226,7 @@ bool take_record(Reader *r, size_t n, const char *problem, Record *record) {
     record->line = r->line;
     record->problem = problem;
     reader_advance(r, n);
+    r->shares_line = r->column > 0;
     return true;
 }
 
@@ -216,6 +244,17 @@ StringEnd find_string_end(const char *s, size_t at, size_t len, size_t *end) {
     }
     *end = len;
     return STRING_OPEN;
+}
+
+// Length of the record that is the string s[0, end): it ends there, or text follows and the whole line is no JSON. 0: needs more bytes.
+size_t string_extent(const Reader *r, const char *s, size_t end, size_t len, const char **problem) {
+    size_t next = end;
+    while (next < len && s[next] != '\n' && is_blank_char(s[next])) next++;
+    bool is_record = next == len || s[next] == '\n' || s[next] == ',' || s[next] == ']';
+    if (!is_record) while (next < len && s[next] != '\n') next++;
+    if (next == len && !r->at_end && len < MAX_RECORD) return 0;
+    if (!is_record) *problem = "text after the string";
+    return is_record ? end : next;
 }
 
 // Length of the record that begins at s[0] with { or ", 0 if more bytes are needed. One broken record must not take others with it:
@@ -245,28 +284,48 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
             if (misplaced || repeated) return *problem = "it is cut off", i;
             is_object[++depth <= JSON_MAX_DEPTH ? depth : JSON_MAX_DEPTH] = c == '{';
         } else if ((c == '}' || c == ']') && depth > 0) depth--;
-        if (depth == 0) return i + 1;
+        if (depth == 0) return c == '"' ? string_extent(r, s, i + 1, len, problem) : i + 1;
         previous = c;
         line_begins = false;
     }
     if (i == len && !r->at_end && len < MAX_RECORD) return 0;
     r->lost = true;
     r->lost_column = r->column;
+    r->lost_head_len = r->shares_line && key <= sizeof r->lost_head ? key : 0;
+    memcpy(r->lost_head, s, r->lost_head_len > 0 ? r->lost_head_len : 1);
     *problem = i >= MAX_RECORD ? "it is longer than 16 MB" : i < len ? "line break inside a string" : "the file ends inside it";
     return i;
 }
 
-// Goes to the next line that can begin a record. False: it may come with more bytes.
+// Can a record begin behind s[0], a line end or a }? 1: yes, 0: no, -1: more bytes will tell.
+int json_begins(const Reader *r, const char *s, size_t len) {
+    size_t at = 1, head = r->lost_head_len;
+    bool comma = false;
+    if (*s == '}') {
+        for (; at < len && (is_blank_char(s[at]) || (s[at] == ',' && !comma)); at++) comma |= s[at] == ',';
+        if (len - at < head && !r->at_end && memcmp(s + at, r->lost_head, len - at) == 0) return -1;
+        return comma && len - at >= head && memcmp(s + at, r->lost_head, head) == 0;
+    }
+    while (at < len && (s[at] == ' ' || s[at] == '\t')) at++;
+    if (at < len && at - 1 > r->lost_column) return 0;
+    while (at < len && (s[at] == ' ' || s[at] == '\t' || s[at] == ',' || s[at] == '[')) at++;
+    if (at == len) return r->at_end ? 0 : -1;
+    return s[at] == '{' || (s[at] == '"' && r->lost_head[0] == '"');
+}
+
+// Goes on to what can begin a record after a broken one. False: it may come with more bytes.
 bool json_resync(Reader *r) {
     while (r->begin < r->end) {
-        const char *s = r->buffer + r->begin, *newline = (const char *)memchr(s, '\n', r->end - r->begin);
-        size_t rest = r->end - r->begin, line = newline ? (size_t)(newline - s) + 1 : rest, first = line;
-        while (first < rest && (s[first] == ' ' || s[first] == '\t')) first++;
-        if (first == rest && !r->at_end) return reader_advance(r, newline ? line - 1 : rest), false;
-        reader_advance(r, line);
-        if (first < rest && s[first] == '{' && first - line <= r->lost_column) return r->lost = false, true;
+        const char *s = r->buffer + r->begin;
+        size_t rest = r->end - r->begin, n = 0;
+        while (n < rest && s[n] != '\n' && (s[n] != '}' || r->lost_head_len == 0)) r->lost_bytes += !is_blank_char(s[n++]);
+        int begins = n < rest ? json_begins(r, s + n, rest - n) : 0;
+        if (begins < 0) return reader_advance(r, n), false;
+        if (n < rest) r->lost_bytes += s[n] == '}', r->shares_line = s[n++] == '}';
+        reader_advance(r, n);
+        if (begins > 0) return r->lost = false, true;
     }
-    if (r->at_end) r->lost = false;
+    if (r->at_end) r->lost = false, r->open_arrays = 0;          // what was passed over may have closed them
     return r->at_end;
 }
 
@@ -279,7 +338,8 @@ bool next_json(Reader *r, Record *record) {
     const char *problem = NULL;
     for (; len > 0; s++, len--) {
         if (len >= 3 && memcmp(s, "\xEF\xBB\xBF", 3) == 0) s += 2, len -= 2;       // files were joined
-        else if (*s == '[' || *s == ']') r->open_arrays += *s == '[' ? 1 : -1;
+        else if (*s == '[' || *s == ']') r->open_arrays += *s == '[' ? 1 : -1, r->shares_line = true;
+        else if (*s == '\n') r->shares_line = false;
         else if (*s != ',' && !is_blank_char(*s)) break;
     }
     reader_advance(r, (size_t)(s - start));
@@ -375,12 +435,13 @@ size_t read_batch(Reader *r, Records *batch) {
 // 3. Records to documents. This runs in parallel, one record a call; nothing here may depend on other records.
 
 typedef enum {
-    KEPT, BAD_JSON, BAD_UTF8, BAD_SURROGATE, HAS_NUL, NO_FIELD, NULL_FIELD, WRONG_TYPE, EMPTY_TEXT, UNKNOWN_ROLE, NO_ANSWER,
-    DUPLICATE, TOO_SHORT, TOO_LONG, NUM_REASONS
-} Reason;                                        // up to NO_ANSWER: bad records, which --strict doesn't allow
+    KEPT, BAD_JSON, BAD_UTF8, BAD_SURROGATE, HAS_NUL, NO_FIELD, NULL_FIELD, WRONG_TYPE, EMPTY_TEXT, UNKNOWN_ROLE, NO_ANSWER, TWO_PROMPTS,
+    EQUAL_ANSWERS, LAST_BAD = EQUAL_ANSWERS, DUPLICATE, TOO_SHORT, TOO_LONG, NUM_REASONS
+} Reason;                                        // up to LAST_BAD: bad records, which --strict doesn't allow
 static const char *const REASONS[] = {
     "", "malformed JSON", "invalid UTF-8", "lone surrogate", "NUL character", "missing field", "null field", "wrong type", "empty text",
-    "unknown role", "no answer", "duplicate", "below --min-chars", "above --max-chars",
+    "unknown role", "no answer", "with two different prompts", "with two equal answers", "duplicate", "below --min-chars",
+    "above --max-chars",
 };
 
 typedef struct {
@@ -398,7 +459,7 @@ typedef struct {
     size_t chars;
 } Doc;
 
-typedef struct { Role role; const char *text; size_t len; } Message;
+typedef struct { Role role; const char *text; size_t len; bool has_input; } Message;      // has_input: an instruction with its input
 typedef struct { char *data; size_t size, capacity; } Text;
 typedef struct { Message *list; int count, capacity; Text joined; } Conversation;        // joined: instruction and input
 
@@ -436,14 +497,6 @@ char *replace_compatibility(const char *text, size_t len, size_t *new_len) {
     return out;
 }
 
-void encode(const Encoder *e, const char *text, size_t len, uint32_t flags, TokenList *out) {
-    size_t from = out->count;
-    char *copy = prep.nfkc ? replace_compatibility(text, len, &len) : NULL;
-    tokenizer_encode(e->tokenizer, copy ? copy : text, len, SPECIALS_AS_TEXT, out);
-    free(copy);
-    for (size_t i = from; i < out->count; i++) out->ids[i] |= flags;
-}
-
 Encoder encoder_make(const Tokenizer *t, Task task) {
     Encoder e;
     memset(&e, 0, sizeof e);
@@ -458,10 +511,12 @@ Encoder encoder_make(const Tokenizer *t, Task task) {
     return e;
 }
 
+bool is_empty_text(const char *text, size_t len) { return split_skip(text, 0, len, CLASS_SPACE) == len; }
+
 // Counts and checks one text of a document.
 bool add_text(Doc *d, const char *text, size_t len, const char *field) {
     if (memchr(text, 0, len)) return refuse(d, HAS_NUL, field);
-    if (split_skip(text, 0, len, CLASS_SPACE) == len) return refuse(d, EMPTY_TEXT, field);
+    if (is_empty_text(text, len)) return refuse(d, EMPTY_TEXT, field);
     for (size_t i = 0; i < len; i++) d->chars += (text[i] & 0xC0) != 0x80;
     d->hash = fnv1a(fnv1a(d->hash, "", 1), text, len);                     // the NUL separates texts
     return true;
@@ -504,12 +559,13 @@ bool add_line(Text *t, Doc *d, const Json *part, const char *field) {
     return true;
 }
 
-// Encyclopedia articles (Baidu Baike's crawl, MNBVC): the title and the parts, a line each.
+// Encyclopedia articles (Baidu Baike's crawl, MNBVC) and others with a title: the title and the parts, a line each.
 bool article_text(Doc *d, const Json *record, Text *t) {
     static const char *const lists[] = {"sections", "段落", NULL};
     const char *field = "";
     const Json *list = first_of(record, lists, &field);
     if (!add_line(t, d, json_get(record, "title"), "title") || !add_line(t, d, json_get(record, "summary"), "summary")) return false;
+    if (!add_line(t, d, json_get(record, "content"), "content")) return false;
     if (list && list->type != JSON_ARRAY && list->type != JSON_NULL) return refuse(d, WRONG_TYPE, field);
     for (const Json *part = list ? list->child : NULL; part; part = part->next) {
         if (part->type != JSON_OBJECT && part->type != JSON_NULL) return refuse(d, WRONG_TYPE, field);
@@ -524,7 +580,9 @@ static const char *const ARTICLE_FIELDS[] = {"段落", "sections", "summary", NU
 
 void encode_text(const Encoder *e, Doc *d, const char *text, size_t len, const char *field) {
     if (!add_text(d, text, len, field) || !check_length(d)) return;
-    encode(e, text, len, 0, &d->tokens);
+    char *copy = prep.nfkc ? replace_compatibility(text, len, &len) : NULL;
+    tokenizer_encode_text(e->tokenizer, copy ? copy : text, len, &d->tokens);
+    free(copy);
     token_list_push(&d->tokens, e->end_id);
     d->tokens.ids[0] |= TOKEN_DOC_START;
 }
@@ -538,7 +596,8 @@ void encode_pretrain(const Encoder *e, Doc *d, const Json *record) {
         if (!value) value = json_at(record, field);
     } else if (record->type == JSON_OBJECT) {
         value = first_of(record, TEXT_FIELDS, &field);
-        if (!value && first_of(record, ARTICLE_FIELDS, &article_field)) {
+        bool has_title = value && value->type == JSON_STRING && strcmp(field, "content") == 0 && json_get(record, "title");
+        if (has_title ? !is_empty_text(value->text, value->len) : !value && first_of(record, ARTICLE_FIELDS, &article_field)) {
             if (article_text(d, record, &article)) encode_text(e, d, article.data ? article.data : "", article.size, "title, parts");
             free(article.data);
             return;
@@ -555,7 +614,7 @@ void push_message(Conversation *c, Role role, const char *text, size_t len) {
         c->capacity = 2 * c->capacity + 8;
         c->list = (Message *)xrealloc(c->list, (size_t)c->capacity * sizeof(Message));
     }
-    Message m = {role, text, len};
+    Message m = {role, text, len, false};
     c->list[c->count++] = m;
 }
 
@@ -565,22 +624,27 @@ bool add_message(Doc *d, Conversation *c, Role role, const char *text, size_t le
     return true;
 }
 
-// {"from": "human", "value": ...} or {"role": "user", "content": ...}
-bool add_message_json(Doc *d, Conversation *c, const Json *message) {
-    static const char *const who[] = {"role", "from", NULL}, *const what[] = {"content", "value", NULL};
+static const char *const ROLE_FIELDS[] = {"role", "from", NULL};
+
+// NUM_ROLES if it is none.
+Role find_role(const char *name) {
     static const char *const names[NUM_ROLES][5] = {{"system"}, {"user", "human"}, {"assistant", "gpt", "bot", "chatgpt", "model"}};
+    for (int r = 0; r < NUM_ROLES; r++) {
+        for (int i = 0; i < 5 && names[r][i]; i++) if (strcasecmp(name, names[r][i]) == 0) return (Role)r;
+    }
+    return NUM_ROLES;
+}
+
+// {"from": "human", "value": ...} or {"role": "user", "content": ...}; a blank system message counts as none.
+bool add_message_json(Doc *d, Conversation *c, const Json *message) {
+    static const char *const what[] = {"content", "value", NULL};
     const char *role_field = "role", *text_field = "content";
     if (message->type != JSON_OBJECT) return refuse(d, WRONG_TYPE, "message");
-    const Json *role = first_of(message, who, &role_field), *text = first_of(message, what, &text_field);
+    const Json *role = first_of(message, ROLE_FIELDS, &role_field), *text = first_of(message, what, &text_field);
     if (!is_string(d, role, role ? role_field : "role") || !is_string(d, text, text ? text_field : "content")) return false;
-    for (int r = 0; r < NUM_ROLES; r++) {
-        for (int i = 0; i < 5 && names[r][i]; i++) {
-            if (strcasecmp(role->text, names[r][i]) != 0) continue;
-            bool is_empty_system = r == ROLE_SYSTEM && text->len == 0;
-            return is_empty_system || add_message(d, c, (Role)r, text->text, text->len, text_field);
-        }
-    }
-    return refuse(d, UNKNOWN_ROLE, role_field);
+    Role r = find_role(role->text);
+    if (r == NUM_ROLES) return refuse(d, UNKNOWN_ROLE, role_field);
+    return (r == ROLE_SYSTEM && is_empty_text(text->text, text->len)) || add_message(d, c, r, text->text, text->len, text_field);
 }
 
 // A string, a message, or a list of messages.
@@ -598,15 +662,22 @@ static const char *const PROMPT_FIELDS[] = {"instruction", "prompt", "question",
 static const char *const ANSWER_FIELDS[] = {"output", "response", "answer", "completion", NULL};
 static const char *const REJECTED_FIELDS[] = {"rejected", "reject", NULL};
 
+// The field "system", if there is one and it is not blank.
+bool add_system(Doc *d, Conversation *c, const Json *record) {
+    const Json *system = json_get(record, "system");
+    if (!system || system->type == JSON_NULL) return true;
+    if (!is_string(d, system, "system")) return false;
+    return is_empty_text(system->text, system->len) || add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system");
+}
+
 // What the user says: a list of messages, or system, history [[question, answer], ...], instruction and input.
 bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
     const char *field = PROMPT_FIELDS[0];
-    const Json *list = first_of(record, LIST_FIELDS, &field), *system = json_get(record, "system");
+    const Json *list = first_of(record, LIST_FIELDS, &field);
     const Json *prompt = list ? list : first_of(record, PROMPT_FIELDS, &field), *input = json_get(record, "input");
     if (list && list->type != JSON_ARRAY) return refuse(d, list->type == JSON_NULL ? NULL_FIELD : WRONG_TYPE, field);
     if (!prompt) field = PROMPT_FIELDS[0];
-    bool has_system = system && system->type == JSON_STRING && system->len > 0;
-    if (has_system && !add_message(d, c, ROLE_SYSTEM, system->text, system->len, "system")) return false;
+    if (!add_system(d, c, record)) return false;
     const Json *history = list ? NULL : json_get(record, "history");
     if (history && history->type != JSON_ARRAY && history->type != JSON_NULL) return refuse(d, WRONG_TYPE, "history");
     for (const Json *turn = history ? history->child : NULL; turn; turn = turn->next) {
@@ -616,14 +687,14 @@ bool add_prompt(const Encoder *e, Doc *d, Conversation *c, const Json *record) {
         if (!add_message(d, c, ROLE_ASSISTANT, answer->text, answer->len, "history")) return false;
     }
     if (input && input->type != JSON_STRING && input->type != JSON_NULL) return refuse(d, WRONG_TYPE, "input");
-    bool has_input = input && input->type == JSON_STRING && split_skip(input->text, 0, input->len, CLASS_SPACE) < input->len;
-    bool is_mini = e->chat.kind == TEMPLATE_MINI_LLM;             // "{instruction} {input}", the space also without input
-    if (!prompt || prompt->type != JSON_STRING || (!has_input && !is_mini)) return add_messages(d, c, prompt, ROLE_USER, field);
+    bool has_input = input && input->type == JSON_STRING && !is_empty_text(input->text, input->len);
+    if (!prompt || prompt->type != JSON_STRING || !has_input) return add_messages(d, c, prompt, ROLE_USER, field);
     c->joined.size = 0;
     add_bytes(&c->joined, prompt->text, prompt->len);
     if (prompt->len > 0) add_bytes(&c->joined, template_joint(&e->chat), 1);
-    if (has_input) add_bytes(&c->joined, input->text, input->len);
-    return add_message(d, c, ROLE_USER, c->joined.data ? c->joined.data : "", c->joined.size, field);
+    add_bytes(&c->joined, input->text, input->len);
+    if (!add_message(d, c, ROLE_USER, c->joined.data, c->joined.size, field)) return false;
+    return c->list[c->count - 1].has_input = true;
 }
 
 // The messages as the template says, end_id once more if the last token is another.
@@ -634,11 +705,22 @@ void encode_conversation(const Encoder *e, const Conversation *c, int first_trai
         const Message *m = &c->list[i];
         uint32_t flags = m->role == ROLE_ASSISTANT && i >= first_trained ? 0 : TOKEN_NO_LOSS;
         template_before(&e->chat, m->role, i == 0, TOKEN_NO_LOSS, out);
-        template_content(&e->chat, e->tokenizer, m->role, m->text, m->len, flags, out);
+        size_t len = m->len;
+        char *copy = prep.nfkc ? replace_compatibility(m->text, len, &len) : NULL;
+        const char *text = copy ? copy : m->text;
+        if (m->role == ROLE_USER && !m->has_input) template_question(&e->chat, e->tokenizer, text, len, flags, out);
+        else template_content(&e->chat, e->tokenizer, m->role, text, len, flags, out);
+        free(copy);
         template_after(&e->chat, m->role, flags, out);
     }
     if ((out->ids[out->count - 1] & TOKEN_ID_MASK) != e->end_id) token_list_push(out, e->end_id | TOKEN_NO_LOSS);
     out->ids[begin] |= TOKEN_DOC_START;
+}
+
+void move_last_to_front(Conversation *c) {
+    Message last = c->list[c->count - 1];
+    memmove(c->list + 1, c->list, (size_t)(c->count - 1) * sizeof(Message));
+    c->list[0] = last;
 }
 
 // Ends the conversation with its last answer, and puts a system message before it if it has none: --system, or Qwen2.5's with its
@@ -649,9 +731,7 @@ bool finish_conversation(Doc *d, Conversation *c) {
     if (c->count == 0) return refuse(d, NO_ANSWER, "");
     if (text[0] == 0 || c->list[0].role == ROLE_SYSTEM) return true;
     push_message(c, ROLE_SYSTEM, text, strlen(text));
-    Message system = c->list[c->count - 1];
-    memmove(c->list + 1, c->list, (size_t)(c->count - 1) * sizeof(Message));
-    c->list[0] = system;
+    move_last_to_front(c);
     return true;
 }
 
@@ -667,25 +747,51 @@ void encode_sft(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     if (finish_conversation(d, c) && check_length(d)) encode_conversation(e, c, 0, &d->tokens);
 }
 
+// A whole conversation as an answer may lack the system message that the record has: as "system", or at the start of its prompt.
+bool add_system_of_prompt(Doc *d, Conversation *c, const Json *record) {
+    const char *field;
+    int count = c->count;
+    if (!add_system(d, c, record)) return false;
+    const Json *prompt = first_of(record, LIST_FIELDS, &field);
+    if (!prompt) prompt = first_of(record, PROMPT_FIELDS, &field);
+    const Json *first = prompt && prompt->type == JSON_ARRAY ? prompt->child : NULL, *role = first_of(first, ROLE_FIELDS, &field);
+    bool is_system = c->count == count && role && role->type == JSON_STRING && find_role(role->text) == ROLE_SYSTEM;
+    if (is_system && !add_message_json(d, c, first)) return false;
+    if (c->count > count) move_last_to_front(c);
+    return true;
+}
+
 // One side of a pair. An answer given as a list of messages may hold the prompt too (then it doesn't begin with the assistant).
 bool encode_side(const Encoder *e, Doc *d, const Json *record, const Json *answer, const char *field, Conversation *c) {
+    Doc before = *d;
     c->count = 0;
     if (!add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
     if (c->count == 0 || c->list[0].role == ROLE_ASSISTANT) {
-        c->count = 0;
+        *d = before, c->count = 0;
         if (!add_prompt(e, d, c, record) || !add_messages(d, c, answer, ROLE_ASSISTANT, field)) return false;
-    }
+    } else if (c->list[0].role != ROLE_SYSTEM && !add_system_of_prompt(d, c, record)) return false;
     if (!finish_conversation(d, c)) return false;
     encode_conversation(e, c, c->count - 1, &d->tokens);
     return true;
+}
+
+// What differs is the last answer, and nothing else.
+bool check_pair(Doc *d, size_t chosen) {
+    const uint32_t *a = d->tokens.ids, *b = a + chosen;
+    size_t rejected = d->tokens.count - chosen, prompt = 0;
+    while (a[prompt] & TOKEN_NO_LOSS) prompt++;
+    bool same_prompt = prompt < rejected && memcmp(a, b, prompt * sizeof *a) == 0 && !(b[prompt] & TOKEN_NO_LOSS);
+    if (!same_prompt) return refuse(d, TWO_PROMPTS, "");
+    return chosen != rejected || memcmp(a, b, chosen * sizeof *a) != 0 || refuse(d, EQUAL_ANSWERS, "");
 }
 
 void encode_dpo(const Encoder *e, Doc *d, const Json *record, Conversation *c) {
     const char *field = "rejected";
     const Json *rejected = first_of(record, REJECTED_FIELDS, &field);
     if (!rejected) field = "rejected";
-    if (!encode_side(e, d, record, json_get(record, "chosen"), "chosen", c) || !encode_side(e, d, record, rejected, field, c)) return;
-    check_length(d);
+    if (!encode_side(e, d, record, json_get(record, "chosen"), "chosen", c)) return;
+    size_t chosen = d->tokens.count;
+    if (encode_side(e, d, record, rejected, field, c) && check_pair(d, chosen)) check_length(d);
 }
 
 // A Task, or TASK_AUTO if the record has no field that says.
@@ -868,26 +974,24 @@ void remove_stale(void) {
     for (struct dirent *entry; (entry = readdir(directory)) != NULL;) {
         const char *path = path_of("%s/%s", prep.out, entry->d_name);
         bool is_new = false;
-        for (int k = 0; k < output.count; k++) {
-            is_new |= strcmp(output.files[k].path, path) == 0 || strcmp(output.files[k].temporary, path) == 0;
-        }
+        for (int k = 0; k < output.count; k++) is_new |= strcmp(output.files[k].path, path) == 0;
         if (!is_token_file_name(entry->d_name) || is_new || unlink(path) != 0) continue;
         printf("%sremoved %s, left by an earlier run\n", isatty(STDOUT_FILENO) ? "\r\033[K" : "", path);
     }
     closedir(directory);
 }
 
-// The files get their names. All are on the disk by then, so this takes no time; should the program be killed in between, the tokenizer's
-// hash in the headers tells old from new.
+// The files get their names. The tokenizer is the last that a full disk can stop: nothing of an earlier run is gone before it is written.
+// The rest takes no time; should the program be killed in between, the tokenizer's hash in the headers tells whether old and new mix.
 void output_finish(const Encoder *e, float bigram_loss) {
     for (int i = 0; i < output.count; i++) output_header(&output.files[i], e, i == output.val ? bigram_loss : 0);
-    remove_stale();
     tokenizer_save_bin(e->tokenizer, path_of("%s/tokenizer.bin", prep.out));
     for (int i = 0; i < output.count; i++) {
         const TokenFile *f = &output.files[i];
         CHECK(rename(f->temporary, f->path) == 0, "cannot rename %s: %s", f->temporary, strerror(errno));
     }
     output.finished = true;
+    remove_stale();
     sync_directory(prep.out);
 }
 
@@ -984,6 +1088,8 @@ typedef struct {
     int task;                                    // a Task, or TASK_AUTO until the first record
     uint64_t documents, records[NUM_REASONS], chars, tokens, trained, longest;
     uint64_t bytes, total_bytes;                 // read so far; of all files, 0 if one isn't a regular file
+    uint64_t lost_bytes;                         // behind broken records
+    bool is_text_perhaps;                        // a file that only looks like JSON gave malformed JSON and nothing else
     unsigned char *used;                         // by id
     uint64_t *seen, num_seen, seen_size;         // --dedup: hashes, open addressing, 0 empty
     Sample *samples;
@@ -1020,7 +1126,7 @@ bool belongs_to_val(uint64_t hash) { return (double)(mix64(hash) >> 11) * 0x1p-5
 
 void report_bad(Preparation *run, const char *path, const Record *record, const Doc *d) {
     uint64_t bad = 0;
-    for (int r = KEPT + 1; r <= NO_ANSWER; r++) bad += run->records[r];
+    for (int r = KEPT + 1; r <= LAST_BAD; r++) bad += run->records[r];
     char reason[256];
     snprintf(reason, sizeof reason, "%s%s%s%s", REASONS[d->reason], d->detail[0] ? " (" : "", d->detail, d->detail[0] ? ")" : "");
     CHECK(!prep.strict, "%s:%" PRIu64 ": %s; --strict stops here, nothing was written", path, record->line, reason);
@@ -1050,7 +1156,7 @@ void keep_sample(Preparation *run, Format format, const Record *record, const Do
 void take(Preparation *run, const Reader *r, const Record *record, Doc *d) {
     if (d->reason == KEPT && prep.dedup && !is_first(run, d->hash)) d->reason = DUPLICATE;
     run->records[d->reason]++;
-    if (d->reason >= BAD_JSON && d->reason <= NO_ANSWER) report_bad(run, r->path, record, d);
+    if (d->reason >= BAD_JSON && d->reason <= LAST_BAD) report_bad(run, r->path, record, d);
     if (d->reason != KEPT) return;
     uint64_t length = 0;
     for (size_t i = 0; i < d->tokens.count; i++) {
@@ -1084,6 +1190,13 @@ void print_progress(Preparation *run, bool terminal) {
     fflush(stdout);
 }
 
+// An option that the task has no use for is a mistake.
+void check_task(int task) {
+    CHECK(!prep.field[0] || (task != TASK_SFT && task != TASK_DPO), "--field is for pretraining, not for --task %s", PREPARE_TASKS[task]);
+    CHECK(task != TASK_PRETRAIN || (prep.chat_template == TEMPLATE_CHATML && !prep.system[0]),
+          "--%s is for sft and dpo, but this is pretraining; leave it out, or give --task", prep.system[0] ? "system" : "template");
+}
+
 void find_task(Preparation *run, const Tokenizer *t, Format format, const Records *batch) {
     for (size_t i = 0; i < batch->count && run->task == TASK_AUTO; i++) {
         Json *json = format == FORMAT_JSON && !batch->list[i].problem ? json_parse(batch->list[i].text, batch->list[i].len, NULL) : NULL;
@@ -1091,6 +1204,7 @@ void find_task(Preparation *run, const Tokenizer *t, Format format, const Record
         if (json) run->task = detect_task(json);
         json_free(json);
     }
+    check_task(run->task);
     run->encoder = encoder_make(t, run->task == TASK_AUTO ? TASK_PRETRAIN : (Task)run->task);
 }
 
@@ -1109,7 +1223,7 @@ void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *p
     static Records batches[2];
     Doc *documents[2] = {NULL, NULL};
     bool terminal = isatty(STDOUT_FILENO);
-    uint64_t bytes_before = run->bytes;
+    uint64_t bytes_before = run->bytes, documents_before = run->documents, malformed_before = run->records[BAD_JSON];
     reader_open(r, path, FORMAT_AUTO, false);
     CHECK(r->format == FORMAT_JSON || run->task == TASK_PRETRAIN || run->task == TASK_AUTO,
           "%s is plain text; --task %s needs JSON records", r->path, PREPARE_TASKS[run->task]);
@@ -1135,6 +1249,10 @@ void prepare_file(Preparation *run, const Tokenizer *t, Reader *r, const char *p
     }
     take_batch(run, r, &batches[!now], documents[!now]);
     run->bytes = bytes_before + r->bytes_read;
+    run->lost_bytes += r->lost_bytes;
+    if (r->format == FORMAT_JSON && !has_json_name(path) && run->documents == documents_before) {
+        run->is_text_perhaps |= run->records[BAD_JSON] > malformed_before;
+    }
     reader_close(r);
 }
 
@@ -1189,10 +1307,11 @@ Tokenizer *trim(Preparation *run, const Tokenizer *t) {
     return small;
 }
 
-const char *encoding_hint(const Preparation *run) {
+const char *input_hint(const Preparation *run) {
     uint64_t others = 0;
     for (int r = 0; r < NUM_REASONS; r++) others += r != BAD_UTF8 ? run->records[r] : 0;
-    return run->records[BAD_UTF8] > others ? "; is it GBK? then: iconv -f GB18030 -t UTF-8 FILE | ./prepare --out DIR -" : "";
+    if (run->records[BAD_UTF8] > others) return "; is it GBK? then: iconv -f GB18030 -t UTF-8 FILE | ./prepare --out DIR -";
+    return run->is_text_perhaps ? " (read as JSON; name it .txt if it is text)" : "";
 }
 
 void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabulary, float bigram) {
@@ -1219,7 +1338,8 @@ void print_summary(const Preparation *run, const Tokenizer *t, int full_vocabula
     for (int r = KEPT + 1, n = 0; r < NUM_REASONS; r++) {
         if (run->records[r] > 0) printf("%s%" PRIu64 " %s", n++ ? ", " : ": ", run->records[r], REASONS[r]);
     }
-    printf("%s\n%.1f MB in %.1f s, %.1f MB/s\n", encoding_hint(run), (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
+    if (run->lost_bytes > 0) printf("; %" PRIu64 " bytes behind broken records were passed over", run->lost_bytes);
+    printf("%s\n%.1f MB in %.1f s, %.1f MB/s\n", input_hint(run), (double)run->bytes / 1e6, seconds, (double)run->bytes / 1e6 / seconds);
 }
 
 uint64_t total_size(const char **paths, int count) {
@@ -1242,12 +1362,10 @@ void prepare(const char **paths, int num_paths) {
     CHECK(prep.out[0], "--out is missing: the directory for train.bin, val.bin and tokenizer.bin");
     CHECK(prep.val_fraction < 1, "--val-fraction is %g, it must be below 1", prep.val_fraction);
     CHECK(prep.max_chars == 0 || prep.max_chars >= prep.min_chars, "--max-chars is below --min-chars");
-    struct sigaction action;
-    memset(&action, 0, sizeof action);
-    action.sa_handler = on_interrupt;            // without SA_RESTART, so that it also ends waiting for input
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+    check_task(prep.task);
+    catch_signal(SIGINT);
+    catch_signal(SIGTERM);
+    catch_signal(SIGHUP);
     signal(SIGXFSZ, SIG_IGN);                    // a file-size limit then shows as a failed write
     atexit(remove_unfinished);
 
@@ -1269,7 +1387,9 @@ void prepare(const char **paths, int num_paths) {
     uint64_t dropped = 0;
     for (int r = KEPT + 1; r < NUM_REASONS; r++) dropped += run.records[r];
     CHECK(run.documents > 0, "nothing was kept of %" PRIu64 " records in %d files; no file was written%s", dropped, num_paths,
-          encoding_hint(&run));
+          input_hint(&run));
+    CHECK(output.num_shards > 0, "all %" PRIu64 " documents fell to val.bin, none to train.bin; no file was written; lower "
+          "--val-fraction", run.documents);
 
     int full_vocabulary = t->vocab_size;
     for (int i = 0; i < output.count; i++) output_close(&output.files[i]);
@@ -1464,11 +1584,13 @@ void print_prepare_help(void) {
            "  ./prepare show FILE [options]            header and first documents of a token file\n"
            "  ./prepare tokenize [options]             text -> one line of ids\n"
            "  ./prepare detokenize [options]           lines of ids -> text, exactly their bytes\n\n"
-           "Records: {\"text\"}, {\"completion\"}, {\"content\"}, {\"title\", \"summary\", \"sections\"}, {\"段落\": [{\"内容\"}]};\n"
+           "Records: {\"text\"}, {\"completion\"}, {\"content\"}, {\"title\", \"content\"}, {\"title\", \"summary\", \"sections\"},\n"
+           "{\"段落\": [{\"内容\"}]};\n"
            "sft: {\"instruction\", \"input\", \"output\"}, {\"conversations\" or \"messages\": [...]};\n"
            "dpo: {\"prompt\", \"chosen\", \"rejected\"}.\n"
            "Plain text: documents are separated by blank lines. dev/data/formats.md has the data sets and the details.\n"
-           "Memory: below 1 GB for files of any size; --dedup adds 11 to 32 bytes a document.\n\nOptions (defaults in brackets):\n");
+           "Memory: below 1 GB for files of any size (records of up to 16 MB that are mostly numbers can take more); --dedup adds\n"
+           "11 to 32 bytes a document.\n\nOptions (defaults in brackets):\n");
     print_options(PREPARE_OPTIONS, COMMAND_PREPARE);
     printf("\nOptions of show:\n");
     print_options(PREPARE_OPTIONS, COMMAND_SHOW);
@@ -1487,6 +1609,7 @@ int main(int argc, char **argv) {
     num_words = parse_options(PREPARE_OPTIONS, 1u << command, argc, argv, command > 0 ? 2 : 1, words);
     CHECK(command == 0 || command == 3 || num_words == 0, "'%s' is not an option of %s; a file is given with --file", words[0],
           names[command]);
+    CHECK(prep.threads <= 1024, "--threads is %ld, it must be at most 1024", prep.threads);
 #ifdef _OPENMP
     if (prep.threads > 0) omp_set_num_threads((int)prep.threads);
 #endif

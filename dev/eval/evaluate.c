@@ -238,7 +238,7 @@ void exam_tokens(const Evaluation *v, const Exam *exam, int index, ChoiceResult 
     for (;; skipped++) {
         char *text = exam_prompt(exam, index, skipped);
         content.count = out->count = 0;
-        template_question(&v->chat, v->tokenizer, text, strlen(text), &content);
+        template_question(&v->chat, v->tokenizer, text, strlen(text), 0, &content);
         free(text);
         template_before(&v->chat, ROLE_USER, true, 0, out);
         size_t before = out->count;

@@ -98,6 +98,9 @@ equal "text: blank lines, CRLF, byte order mark" "$(text "$D/text/train.bin")" '
 printf '{"title":"青蛙","summary":null,"sections":[{"title":"食性","content":"吃虫。"},{"title":null},{"content":"跳。"}],"tags":[],"url":"x"}\n{"title":"鸟","summary":"会飞。","sections":[]}\n' > "$D/b.jsonl"
 prep baike "$D/b.jsonl"
 equal "Baidu Baike" "$(text "$D/baike/train.bin")" '青蛙|食性|吃虫。|跳。<|im_end|>|鸟|会飞。<|im_end|>|'
+printf '{"title":"鸟","content":"会飞。"}\n{"title":null,"content":"吃虫。"}\n{"title":"空","content":" "}\n' > "$D/b.jsonl"
+prep baike "$D/b.jsonl"
+equal "title and content" "$(text "$D/baike/train.bin")" '鸟|会飞。<|im_end|>|吃虫。<|im_end|>|'
 printf '{"文件名":"a","段落":[{"行号":0,"内容":"一。"},{"行号":2,"内容":"二。"}]}\n' > "$D/m.jsonl"
 prep mnbvc "$D/m.jsonl"
 equal "MNBVC" "$(text "$D/mnbvc/train.bin")" '一。|二。<|im_end|>|'
@@ -117,6 +120,13 @@ fails "UTF-16" "is UTF-16" "$P" --out "$D/x" "$D/utf16.json"
 printf '{"a":{"b":"deep"},"text":"not this"}\n' > "$D/f.jsonl"
 prep field --field a.b "$D/f.jsonl"
 equal "--field" "$(text "$D/field/train.bin")" 'deep<|im_end|>|'
+KEY=$(printf '%080d' 1)
+printf '{"a":[{"b":"zero"},{"b":"one"}],"l":["zero"],"m":{"%s2":"no","%s":"long"}}\n' "$KEY" "$KEY" > "$D/f.jsonl"
+prep field --field a.1.b "$D/f.jsonl"
+equal "--field: an element of a list" "$(text "$D/field/train.bin")" 'one<|im_end|>|'
+prep field --field "m.$KEY" "$D/f.jsonl"
+equal "--field: a long key" "$(text "$D/field/train.bin")" 'long<|im_end|>|'
+fails "--field: no element of a list" "nothing was kept" sh -c "'$P' --field l.b --out '$D/x' '$D/f.jsonl' 2>&1 | tail -n 1 >&2; exit 1"
 prep eos --eos '<|endoftext|>' "$D/1.jsonl"
 equal "--eos" "$(ids "$D/eos/train.bin" | sed 's/.* //')" "151643"
 printf '{"text":"Ａ１，ﬁ①㈱ e\\u0301 ｶﾞ ㎏"}\n' > "$D/k.jsonl"
@@ -168,6 +178,22 @@ equal "--template mini_llm: the prompt's tokens are those of the whole prompt" "
     "$(tokens_of '你是一个助手 用户: 你是谁？  回答: ') $(stars "$(tokens_of '我是助手。')") $END*|$(tokens_of '你是一个助手 用户: 解释 光 回答: ') $(stars "$(tokens_of '波。')") $END*|"
 prep mini --template mini_llm "$D/s.jsonl"
 equal "--template mini_llm" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
+for record in '{"messages":[{"role":"user","content":"hi"},{"role":"assistant","content":"ok"}]}' '{"prompt":"hi","answer":"ok","input":" "}' \
+    '{"chosen":[{"from":"human","value":"hi"},{"from":"gpt","value":"ok"}],"rejected":[{"from":"human","value":"hi"},{"from":"gpt","value":"no"}]}'; do
+    echo "$record" > "$D/s2.jsonl"
+    prep mini --template mini_llm "$D/s2.jsonl"
+    equal "--template mini_llm $(echo "$record" | cut -c1-50)..." "$(ids "$D/mini/train.bin" | head -1)" "$(tokens_of '你是一个助手 用户: hi  回答: ') $(stars "$OK") $END*"
+done
+printf '{"instruction":"hi","output":"ok","history":[["hi","ok"]]}\n' > "$D/s2.jsonl"
+prep mini --template mini_llm "$D/s2.jsonl"
+equal "--template mini_llm: history" "$(text "$D/mini/train.bin")" '你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧你是一个助手 用户: hi  回答: ⟦ok<|im_end|>⟧|'
+printf '{"system":"Ｓ","instruction":"ｈｉ","output":"ｏｋ"}\n' > "$D/s2.jsonl"
+prep nfkc --nfkc "$D/s2.jsonl"
+equal "--nfkc: every message" "$(text "$D/nfkc/train.bin")" '<|im_start|>system|S<|im_end|>|<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
+printf '{"system":[1],"instruction":"hi","output":"ok"}\n{"system":" \\n","instruction":"hi","output":"ok"}\n{"system":null,"instruction":"hi","output":"ok"}\n' > "$D/s2.jsonl"
+prep blank "$D/s2.jsonl"
+skips "system: neither text nor null" "skipped, wrong type (system)" 2
+equal "system: a blank one is none" "$(ids "$D/blank/train.bin" | sort -u)" "$HI_OK"
 prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
 equal "--template none" "$(text "$D/none/train.bin")" 'hi⟦ok<|endoftext|>⟧|'
 printf '{"prompt":"hi","chosen":"ok","rejected":"hi"}\n' > "$D/d.jsonl"
@@ -191,6 +217,22 @@ done
 printf '{"chosen":[%s,%s,%s,%s],"rejected":[%s,%s,%s,%s]}\n' "$U" "$AO" "$U" "$AO" "$U" "$AO" "$U" "$AH" > "$D/d3.jsonl"
 prep dpo3 "$D/d3.jsonl"
 equal "dpo: only the last answer is trained" "$(ids "$D/dpo3/train.bin" | head -1)" "$(echo "$HI_OK" | tr -d '*') $NL $HI_OK"
+SYSTEM="$IM 8948 $NL $(tokens_of S) $END $NL"
+for record in "{\"system\":\"S\",\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" \
+    "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$AO],\"rejected\":[$AH]}"; do
+    echo "$record" > "$D/d2.jsonl"
+    prep dpo2 "$D/d2.jsonl"
+    equal "dpo, system message $(echo "$record" | cut -c1-50)..." "$(ids "$D/dpo2/train.bin" | tr '\n' '|')" "$SYSTEM $(echo "$PAIR" | sed "s/|$IM/|$SYSTEM $IM/")"
+done
+printf '{"prompt":"hi","chosen":"ok","rejected":"ok"}\n{"chosen":[%s,%s],"rejected":[%s,%s]}\n%s\n' "$U" "$AO" '{"role":"user","content":"bye"}' "$AH" '{"prompt":"hi","chosen":"ok","rejected":"hi"}' > "$D/d2.jsonl"
+prep dpo2 "$D/d2.jsonl"
+skips "dpo: equal answers, different prompts" "1 with two different prompts, 1 with two equal answers" 2
+fails "dpo: --strict" "d2.jsonl:1: with two equal answers" "$P" --strict --out "$D/x" "$D/d2.jsonl"
+prep dpo2 --max-chars 8 "$D/d.jsonl"
+skips "dpo: the limits count both sides, each once" "dropped: 0" 2
+printf '{"prompt":[%s],"chosen":[%s],"rejected":[%s]}\n' "$U" "$AO" "$AH" > "$D/d2.jsonl"
+prep dpo2 --max-chars 8 "$D/d2.jsonl"
+skips "dpo: so with lists of messages" "dropped: 0" 2
 printf '{"instruction":"only a prompt","output":""}\n{"messages":[{"role":"user","content":"hi"}]}\n%s\n' '{"instruction":"hi","output":"ok"}' > "$D/p.jsonl"
 prep prompts "$D/p.jsonl"
 skips "T6: prompts without an answer are dropped and counted" "2 records: 1 empty text, 1 no answer" 1
@@ -215,6 +257,23 @@ skips "a record cut where { could stand" "dropped: 2 records: 2 malformed" 2
 printf '[\n  {\n    "text": "p1"\n  },\n  {\n    "text": "p2,\n    "m": {"k": 1}\n  },\n  {\n    "text": "p3"\n  }\n]\n' > "$D/pcut.json"
 prep pcut "$D/pcut.json"
 skips "pretty-printed: a broken record takes no other with it" "pcut.json:5: .*line break" 2
+printf '"good1"\n"broken\n"good2"\n"good3"\n' > "$D/strings.jsonl"
+prep strings "$D/strings.jsonl"
+skips "strings: a broken one takes no other with it" "dropped: 1 records: 1 malformed JSON$" 3
+printf '[{"text":"good1"}\n,{"text":"broken\n,{"text":"good2"}\n,{"text":"good3"}]' > "$D/commas.json"
+prep commas "$D/commas.json"
+skips "lines that begin with a comma" "dropped: 1 records: 1 malformed JSON$" 3
+for first in '{"text":"a"},' ''; do
+    { printf '[%s{"text":"b\nb","list":[{"x":1}, {"x":2}]}' "$first"; i=1; while [ $i -le 1000 ]; do printf ', {"text":"good%d"}' $i; i=$((i + 1)); done; printf ']'; } > "$D/line.json"
+    prep line "$D/line.json"
+    skips "an array on one line: what is behind a broken record is found" "1 malformed JSON; 28 bytes behind broken" $((1000 + ${#first} / 13))
+done
+printf '{"title":"a\nb","sections":[{"title":"c","content":"d"},{"title":"e","content":"f"}]}\n{"title":"g","sections":[]}\n' > "$D/sections.jsonl"
+prep sections "$D/sections.jsonl"
+skips "but nothing inside a broken record" "1 malformed JSON; 72 bytes behind broken" 1
+printf '["a", "b"]\n"c" \n"d" or not\n"e", "f" g\n"h"' > "$D/after.json"
+prep after "$D/after.json"
+equal "text after a string makes no record" "$(text "$D/after/train.bin")" 'a<|im_end|>|b<|im_end|>|c<|im_end|>|e<|im_end|>|h<|im_end|>|'
 bad() { # name, record, reason
     printf '%b\n{"text":"good"}\n' "$2" > "$D/bad.jsonl"
     prep bad --task pretrain "$D/bad.jsonl"
@@ -335,20 +394,42 @@ yes '{"text":"many words, many tokens, a large file"}' | head -n 100000 > "$D/ma
 fails "a full disk" "cannot write" sh -c "ulimit -f 500; exec '$P' --out '$D/full' '$D/many.jsonl'"
 equal "a full disk leaves no unfinished file" "$(ls "$D/full" | tr '\n' ' ')" "tokenizer.bin train.bin val.bin "
 same_file "and the files of the run before" "$D/full/train.bin" "$D/before"
+fails "a disk that is full when tokenizer.bin is written" "cannot write" \
+    sh -c "ulimit -f 500; exec '$P' --val-fraction 0 --shard-tokens 1000 --out '$D/full' '$D/1.jsonl'"
+equal "it too leaves the files of the run before" "$(ls "$D/full" | tr '\n' ' ')" "tokenizer.bin train.bin val.bin "
+fails "everything falls to val.bin" "lower --val-fraction" "$P" --val-fraction 0.999999 --out "$D/full" "$D/1.jsonl"
+same_file "and train.bin is the one of the run before" "$D/full/train.bin" "$D/before"
+# sleep_until FILE: waits until it is there and not empty
+sleep_until() { i=0; while [ ! -s "$1" ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; }
 mkfifo "$D/fifo"
-"$P" --out "$D/int" - < "$D/fifo" > "$D/log" 2>&1 &
+for threads in 1 4; do
+    "$P" --threads $threads --out "$D/int" - < "$D/fifo" > "$D/log" 2>&1 &
+    pid=$!
+    exec 3> "$D/fifo"
+    cat "$D/many.jsonl" "$D/many.jsonl" "$D/many.jsonl" >&3
+    sleep 2
+    kill -TERM $pid
+    sleep_until "$D/log"
+    lines=$(grep -c 'interrupted' "$D/log")
+    exec 3>&-
+    wait $pid
+    equal "interrupted while it waits, --threads $threads: exit code, one line, no file" "$? $lines $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
+done
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do cat "$D/many.jsonl"; done > "$D/shrinks.jsonl"
+"$P" --threads 1 --val-fraction 0 --out "$D/int" "$D/shrinks.jsonl" > /dev/null 2> "$D/log" &
+sleep_until "$D/int/train.bin.tmp"
+: > "$D/shrinks.jsonl"
+wait $!
+equal "a file that is cut while it is read" "$? $(grep -c 'became shorter while it was read' "$D/log")" "1 1"
+(trap '' HUP; exec "$P" --val-fraction 0 --out "$D/ignored" - < "$D/fifo" > /dev/null 2>&1) &
 pid=$!
 exec 3> "$D/fifo"
 cat "$D/good.jsonl" >&3
-sleep 1
-kill -TERM $pid
-wait $pid
-code=$?
+sleep 0.5
+kill -HUP $pid
 exec 3>&-
-equal "interrupted: exit code, one line, no file" "$code $(grep -c 'interrupted' "$D/log") $(ls "$D/int" | wc -l | tr -d ' ')" "1 1 0"
-
-# sleep_until FILE: waits until it is there and not empty
-sleep_until() { i=0; while [ ! -s "$1" ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; }
+wait $pid
+equal "nohup: an ignored signal stays ignored" $? 0
 for shards in 0 100000; do
     cp -r "$D/full" "$D/killed"
     "$P" --shard-tokens $shards --out "$D/killed" - < "$D/fifo" > /dev/null 2>&1 &
@@ -411,13 +492,19 @@ fails "a directory" "is a directory" "$P" --out "$D/x" "$D"
 fails "an unknown tokenizer" "cannot open the tokenizer" "$P" --tokenizer "$D/nothere" --out "$D/x" "$D/l.jsonl"
 fails "a tokenizer that is none" "no tokenizer" "$P" --tokenizer "$D/t.txt" --out "$D/x" "$D/l.jsonl"
 fails "an unknown option" "did you mean --trim-vocab" "$P" --trim-vocap --out "$D/x" "$D/l.jsonl"
+fails "--field for conversations" "field is for pretraining, not for --task sft" "$P" --task sft --field a --out "$D/x" "$D/s.jsonl"
+fails "--template for pretraining" "template is for sft and dpo" "$P" --template mini_llm --out "$D/x" "$D/l.jsonl"
+fails "--system for pretraining" "system is for sft and dpo" "$P" --task pretrain --system S --out "$D/x" "$D/l.jsonl"
 fails "an unknown --eos" "no special token" "$P" --eos '<eos>' --out "$D/x" "$D/l.jsonl"
 fails "--special none has no end" "choose another --eos or --special" "$P" --special none --out "$D/x" "$D/l.jsonl"
 fails "--val-fraction 1" "must be below 1" "$P" --val-fraction 1 --out "$D/x" "$D/l.jsonl"
+fails "100000 threads" "at most 1024" "$P" --threads 100000 --out "$D/x" "$D/l.jsonl"
 fails "nothing kept" "nothing was kept of 3" "$P" --min-chars 100 --out "$D/x" "$D/l.jsonl"
 : > "$D/empty.jsonl"
 fails "an empty file" "nothing was kept of 0" "$P" --out "$D/x" "$D/empty.jsonl"
 printf '{"text":"\326\320\316\304"}\n' > "$D/gbk.jsonl"
+printf '[1] see below\n\n"Hello," he said.\n' > "$D/notes"
+fails "text that looks like JSON" "name it .txt if it is text" sh -c "'$P' --out '$D/x' '$D/notes' 2>&1 | tail -n 1 >&2; exit 1"
 fails "GBK" "is it GBK" sh -c "'$P' --out '$D/x' '$D/gbk.jsonl' 2>&1 | tail -n 1 >&2; exit 1"
 printf 'version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n' > "$D/lfs.json"
 fails "a git-lfs pointer" "git lfs pull" "$P" --out "$D/x" "$D/lfs.json"

@@ -585,6 +585,8 @@ void test_bad_token_files(void) {
     write_tokens(path, tokens, 40, 1, TASK_PRETRAIN, 100);
     check_fails("an id beyond the vocabulary", fail_open, open_it, "token 17 has id 100, but the model's vocabulary ends at 99");
     tokens[17] = 99;
+    write_tokens(path, tokens, 40, 1, TASK_PRETRAIN, 99);
+    check_fails("an id beyond the header's vocabulary", fail_open, open_it, "token 17 has id 99, but the file's own vocabulary ends at 98");
     write_tokens(path, tokens, 40, 1, TASK_PRETRAIN, 100);
     Loader l = open_loader(path, TASK_PRETRAIN, 8, 100, false, false);
     check(l.num_rows == 4, "the largest id of the vocabulary is accepted");

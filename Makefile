@@ -203,7 +203,7 @@ build/fuzz_%: dev/test/fuzz_%.c dev/test/fuzz.h dev/data/prepare.c train_qwen.c 
 fuzz: $(FUZZERS:%=build/fuzz_%)
 	for f in $(FUZZERS); do mkdir -p build/fuzz_$$f.d; (build/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
 	    -detect_leaks=0 -artifact_prefix=build/fuzz_$$f. build/fuzz_$$f.d dev/test/fuzz_corpus/$$f > build/fuzz_$$f.log 2>&1; \
-	    echo "fuzz_$$f: exit code $$?, $$(grep -a -o '^#[0-9]*' build/fuzz_$$f.log | tail -n 1) inputs, see build/fuzz_$$f.log") & done; wait; ! ls build/fuzz_*.crash-* build/fuzz_*.oom-* build/fuzz_*.timeout-* 2> /dev/null
+	    echo "fuzz_$$f: exit code $$?, $$(grep -a -o '^#[0-9][0-9]*' build/fuzz_$$f.log | tail -n 1) inputs, see build/fuzz_$$f.log") & done; wait; ! ls build/fuzz_*.crash-* build/fuzz_*.oom-* build/fuzz_*.timeout-* 2> /dev/null
 test-fuzz: $(FUZZERS:%=build/sanitized_fuzz_%)
 	for f in $(FUZZERS); do $(RUN_SANITIZED) build/sanitized_fuzz_$$f dev/test/fuzz_corpus/$$f/* || exit 1; done
 

@@ -29,7 +29,7 @@ losses() { sed -n 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/p' "$1/log.js
 says "a model to begin with" saved ./train_qwen --data data/tiny_baike --model tiny --steps 30 --batch 2 --seq 64 --sample-every 0 --eval-tokens 100 --out "$dir/base"
 head -n 60 data/tiny_baike/dpo.jsonl > "$dir/pairs.jsonl"; tail -n 12 data/tiny_baike/dpo.jsonl > "$dir/held_out.jsonl"
 head -n 60 data/tiny_baike/sft.jsonl > "$dir/chats.jsonl"
-prepare="./prepare --tokenizer data/tiny_baike/tokenizer.bin"
+prepare="./prepare --tokenizer data/tiny_baike/tokenizer.bin --val-fraction 0"
 $prepare --task dpo --out "$dir/dpo" "$dir/pairs.jsonl" > /dev/null
 $prepare --task dpo --out "$dir/held_out" "$dir/held_out.jsonl" > /dev/null; mv "$dir/held_out/train.bin" "$dir/dpo/val.bin"
 $prepare --task sft --out "$dir/sft" "$dir/chats.jsonl" > /dev/null
@@ -38,7 +38,7 @@ dpo="./train_qwen --task dpo --data $dir/dpo --lr 1e-3 --log-every 1 $quick"
 sft="./train_qwen --task sft --data $dir/sft --lr 1e-3 $quick"
 
 # dpo
-says "dpo: the reference is computed" '^reference log-probabilities of 118 answers, once' $dpo --steps 6 --out "$dir/a"
+says "dpo: the reference is computed" '^reference log-probabilities of 120 answers, once' $dpo --steps 6 --out "$dir/a"
 grep -q '"loss":0.69314718[0-9]*,.*"pairs":[0-9]*,"reward_chosen":0,"reward_rejected":0,"margin":0,"accuracy":0,' "$dir/a/log.jsonl" &&
     ok "dpo: the first loss is log 2" || bad "dpo: the first line of the log: $(head -1 "$dir/a/log.jsonl")"
 grep -q '"val_loss":[^,]*,"val_reward_chosen":[^,]*,"val_reward_rejected":[^,]*,"val_margin":[^,]*,"val_accuracy":[^,]*}' "$dir/a/log.jsonl" &&
@@ -64,7 +64,7 @@ same "dpo: and is the same again" "$reference" "$dir/kept"
 printf x | dd of="$reference" bs=1 seek=100 conv=notrunc 2> /dev/null
 says "dpo: a damaged reference file" 'is damaged, or of another model or other data; computing it again' $dpo --steps 6 --out "$dir/c"
 same "dpo: computed again, the same weights" "$dir/a/step_00000006/model.safetensors" "$dir/c/step_00000006/model.safetensors"
-says "dpo: another model has another reference" '^reference log-probabilities of 118' ./train_qwen --task dpo --data "$dir/dpo" --batch 2 --seq 96 --sample-every 0 --steps 1 --model "$dir/a" --out "$dir/d"
+says "dpo: another model has another reference" '^reference log-probabilities of 120' ./train_qwen --task dpo --data "$dir/dpo" --batch 2 --seq 96 --sample-every 0 --steps 1 --model "$dir/a" --out "$dir/d"
 fails "dpo: from random weights" "--task dpo needs a trained model" ./train_qwen --task dpo --data "$dir/dpo" --model tiny
 fails "dpo: without document borders" "the rejected answer would see the chosen one" $dpo --doc-mask off
 fails "dpo: data of another task" "was prepared for --task sft, not for dpo" ./train_qwen --task dpo $quick --data "$dir/sft"

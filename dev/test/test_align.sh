@@ -87,7 +87,7 @@ says "lora: half a run" saved $lora --steps 6 --save-every 3 --keep 0 --out "$di
 says "lora: resumed, without its options" '^resumed .* at update 3' $sft --steps 6 --save-every 3 --keep 0 --resume --out "$dir/m"
 same "lora: resumed, the same adapter" "$dir/l/step_00000006/adapter_model.safetensors" "$dir/m/step_00000006/adapter_model.safetensors"
 same "lora: resumed, the same moments" "$dir/l/step_00000006/optimizer.safetensors" "$dir/m/step_00000006/optimizer.safetensors"
-fails "lora: resume with another rank" "has adapters of rank 4 and alpha 8; they must stay so on --resume" $sft --lora-rank 8 --steps 9 --resume --out "$dir/m"
+fails "lora: resume with another rank" "has adapters of rank 4 and alpha 8; they and their targets must stay so on --resume" $sft --lora-rank 8 --steps 9 --resume --out "$dir/m"
 says "lora: merged by export" '^wrote' ./train_qwen export --model "$dir/l" --out "$dir/merged"
 ./train_qwen generate --model "$dir/l" --prompt 长江 --greedy --ids --max-tokens 12 > "$dir/one"; ./train_qwen generate --model "$dir/merged" --prompt 长江 --greedy --ids --max-tokens 12 > "$dir/two"
 [ -s "$dir/one" ] && same "lora: the adapter generates what the merged model does" "$dir/one" "$dir/two"
@@ -104,7 +104,7 @@ fails "lora: on an adapter" "is itself an adapter" ./train_qwen --task sft --dat
 fails "lora: an unknown target" "'lm_head' is none of q_proj, k_proj" $lora --lora-targets q_proj,lm_head
 fails "lora: no target" "--lora-targets is empty" $lora --lora-targets ""
 fails "lora: too large a rank" "it must be at most 1024" $lora --lora-rank 2000
-fails "lora: resume of another kind" "is no adapter, but --lora-rank is given" $sft --lora-rank 4 --steps 100 --resume --out "$dir/e"
+fails "lora: resume of another kind" "is no adapter, but an option of --lora is given" $sft --lora-rank 4 --steps 100 --resume --out "$dir/e"
 mv "$dir/base" "$dir/base.away"
 fails "lora: the base is gone" "there is no model of that name here" ./train_qwen generate --model "$dir/l" --prompt x
 mkdir "$dir/base"; cp -r "$dir/a/step_00000006" "$dir/base/step_00000030"

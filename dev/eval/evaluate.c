@@ -199,7 +199,8 @@ Exam exam_open(const char *path) {
     const char *folder = slash ? path_of("%.*s/../dev", (int)(slash - path), path) : "../dev";
     const char *examples = path_of(e.questions.layout == CMMLU ? "%s/%s.csv" : "%s/%s_dev.csv", folder, name);
     CHECK(file_exists(examples), "--shots %ld: no examples for %s, there is no %s", eval.shots, path, examples);
-    CHECK(!is_inside(path, examples), "--shots %ld: the questions of %s are the examples themselves; choose another --split", eval.shots, path);
+    CHECK(!is_inside(path, examples), "--shots %ld: the questions of %s are the examples themselves; choose another --split", eval.shots,
+          path);
     e.examples = questions_read(examples);
     CHECK(e.examples.layout == e.questions.layout, "%s is in the layout of %s, %s in that of %s", examples, LAYOUT_NAMES[e.examples.layout],
           path, LAYOUT_NAMES[e.questions.layout]);
@@ -498,8 +499,9 @@ void print_choice(const ChoiceResult *r) {
     double p = question_accuracy(r);
     printf("  all questions counting the same %48.1f %%, +- %.1f (chance is 25.0)\n", p, sqrt(p * (100 - p) / r->questions));
     if (r->fewer_shots > 0) printf("  %d prompts were longer than --context: their first examples were dropped\n", r->fewer_shots);
-    if (r->cut > 0 && eval.answer == ANSWER_TEXT) printf("  %d questions have statements longer than --seq: their ends were cut off\n", r->cut);
-    else if (r->cut > 0) printf("  %d questions were too long even alone: the beginning was cut off\n", r->cut);
+    const char *cut = eval.answer == ANSWER_TEXT ? "have statements longer than --seq: their ends were"
+                                                 : "were too long even alone: the beginning was";
+    if (r->cut > 0) printf("  %d questions %s cut off\n", r->cut, cut);
 }
 
 void print_text(const TextResult *r) {

@@ -376,6 +376,26 @@ void test_write_text(void) {
     free(got);
 }
 
+// A question that is refused as too long leaves the conversation as it was, so that /retry has something to answer.
+void test_refused(void) {
+    static Chat c;
+    static char words[2000];
+    opt.model = model_path, chat.context = 600, chat.max_tokens = 20;
+    chat_open(&c);
+    memset(words, 'a', sizeof words - 1);
+    fflush(stdout);
+    int terminal = dup(1), nowhere = open("/dev/null", O_WRONLY), errors = dup(2);
+    dup2(nowhere, 1), dup2(nowhere, 2);
+    chat_add_question(&c, "hello");
+    bool answered = chat_answer(&c);
+    chat_add_question(&c, words);
+    bool refused = !chat_answer(&c);
+    fflush(stdout);
+    dup2(terminal, 1), dup2(errors, 2), close(terminal), close(nowhere), close(errors);
+    check(answered && refused && c.num_turns == 1 && c.first_turn == 0 && c.turns[0].answer.count > 0,
+          "a refused question leaves the conversation as it was");
+}
+
 void test_pipe(void) {
     int code, bad = 0, controls = 0, replaced = 0;
     char *text = output_of(path_of("printf 'one\\n\\ntwo\\r\\nthree' | ./chat --model %s --max-tokens 200 --fresh --temperature 2 2>/dev/null", model_path), &code);
@@ -411,6 +431,7 @@ int main(void) {
     test_prompts();
     test_system_messages();
     make_model();
+    test_refused();
     test_terminal();
     test_interrupt();
     test_write_text();

@@ -1193,8 +1193,8 @@ void print_progress(Preparation *run, bool terminal) {
 // An option that the task has no use for is a mistake.
 void check_task(int task) {
     CHECK(!prep.field[0] || (task != TASK_SFT && task != TASK_DPO), "--field is for pretraining, not for --task %s", PREPARE_TASKS[task]);
-    CHECK(task != TASK_PRETRAIN || (prep.chat_template == TEMPLATE_CHATML && !prep.system[0]),
-          "--%s is for sft and dpo, but this is pretraining; leave it out, or give --task", prep.system[0] ? "system" : "template");
+    CHECK(task != TASK_PRETRAIN || !(was_given(&prep.chat_template) || was_given(&prep.system)),
+          "--%s is for sft and dpo, but this is pretraining; leave it out, or give --task", was_given(&prep.system) ? "system" : "template");
 }
 
 void find_task(Preparation *run, const Tokenizer *t, Format format, const Records *batch) {

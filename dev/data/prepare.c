@@ -258,12 +258,13 @@ size_t string_extent(const Reader *r, const char *s, size_t end, size_t len, con
 }
 
 // Length of the record that begins at s[0] with { or ", 0 if more bytes are needed. One broken record must not take others with it:
-// a { where none can stand, or a line that begins at the record's column (or left of it) with the record's own first key, is the next
-// record, and this one was cut off. With a line break inside a string, the reader is lost until a line looks like a record again.
+// at a { where none can stand the record was cut off. The next one begins there, or before: at the first line that began at the record's
+// column (or left of it) with the record's own first key. Such a line may also be a part of the record, so it counts only if the record
+// turns out to be broken. With a line break inside a string, the reader is lost until a line looks like a record again.
 size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
     bool is_object[JSON_MAX_DEPTH + 1], line_begins = false;
     int depth = 0;
-    size_t key = 1, i = 0, line_at = 0, end;
+    size_t key = 1, i = 0, line_at = 0, next = 0, end;
     char previous = 0;
     while (key < len && is_blank_char(s[key])) key++;
     if (key == len || s[0] != '{' || s[key] != '"' || find_string_end(s, key, len, &key) != STRING_CLOSED) key = 0;
@@ -279,9 +280,10 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
             i = state == STRING_CLOSED ? end - 1 : end;
             if (state != STRING_CLOSED) break;
         } else if (c == '{' || c == '[') {
-            bool misplaced = c == '{' && depth > 0 && is_object[inner] && previous != ':';
+            bool misplaced = c == '{' && depth > 0 && (is_object[inner] ? previous != ':' : previous != '[' && previous != ',');
             bool repeated = c == '{' && line_begins && key > 0 && i - line_at <= r->column && len - i >= key && memcmp(s + i, s, key) == 0;
-            if (misplaced || repeated) return *problem = "it is cut off", i;
+            if (repeated && next == 0) next = i;
+            if (misplaced || (next > 0 && depth >= JSON_MAX_DEPTH)) return *problem = "it is cut off", next > 0 ? next : i;
             is_object[++depth <= JSON_MAX_DEPTH ? depth : JSON_MAX_DEPTH] = c == '{';
         } else if ((c == '}' || c == ']') && depth > 0) depth--;
         if (depth == 0) return c == '"' ? string_extent(r, s, i + 1, len, problem) : i + 1;
@@ -289,6 +291,7 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
         line_begins = false;
     }
     if (i == len && !r->at_end && len < MAX_RECORD) return 0;
+    if (next > 0) return *problem = "it is cut off", next;
     r->lost = true;
     r->lost_column = r->column;
     r->lost_head_len = r->shares_line && key <= sizeof r->lost_head ? key : 0;

@@ -254,6 +254,15 @@ skips "a record cut where { can't stand" "dropped: 1 records: 1 malformed" 2
 printf '{"text":\n{"text":"r2"}\n{"text":"r3","list":[\n{"text":"r4"}\n' > "$D/repeated.jsonl"
 prep repeated "$D/repeated.jsonl"
 skips "a record cut where { could stand" "dropped: 2 records: 2 malformed" 2
+printf '[\n{\n"text": "a",\n"list": [\n{\n"text": "b"\n},\n{\n"text": "c"\n}\n],\n"one":\n{\n"text": "d"\n}\n},\n{\n"text": "e"\n}\n]\n' > "$D/flat.json"
+prep flat "$D/flat.json"
+equal "printed without indentation, with parts that look like records" "$(text "$D/flat/train.bin")" 'a<|im_end|>|e<|im_end|>|'
+{ printf '[\n{\n"text": "a",\n"list": [\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '{\n"text": "c"\n}\n]\n'; } > "$D/flatcut.json"
+prep flatcut "$D/flatcut.json"
+equal "so printed, with a record cut off" "$(text "$D/flatcut/train.bin")" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|c<|im_end|>|'
+{ printf '['; i=0; while [ $i -lt 1000 ]; do printf '{"text":[\n'; i=$((i + 1)); done; printf '{"text":"end"}]'; } > "$D/opens.json"
+prep opens "$D/opens.json"
+skips "a thousand records cut off where { could stand" "1000 malformed JSON" 1
 printf '[\n  {\n    "text": "p1"\n  },\n  {\n    "text": "p2,\n    "m": {"k": 1}\n  },\n  {\n    "text": "p3"\n  }\n]\n' > "$D/pcut.json"
 prep pcut "$D/pcut.json"
 skips "pretty-printed: a broken record takes no other with it" "pcut.json:5: .*line break" 2

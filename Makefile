@@ -196,14 +196,14 @@ test-gpu: $(if $(GPU),test_qwencu)
 	$(if $(GPU),./test_qwencu,@echo "SKIP there is no GPU here; the emulator ran every kernel instead")
 
 # Fuzzers: the JSON reader with prepare's records, the tokenizer, the token-file reader. `make test` feeds them the committed corpus;
-# `make fuzz` looks for more with clang's libFuzzer, each for FUZZ_SECONDS: new inputs go to build/fuzz_NAME.d, findings to build.
+# `make fuzz` looks for more with clang's libFuzzer, each for FUZZ_SECONDS: new inputs go to build/corpus_NAME, findings to build.
 FUZZERS := json tokenizer tokens
 FUZZ_SECONDS ?= 60
 build/fuzz_%: dev/test/fuzz_%.c dev/test/fuzz.h dev/data/prepare.c train_qwen.c tokenizer.h dataloader.h | build
 	clang $(SANITIZE) -DLIBFUZZER -fsanitize=fuzzer -o $@ $< -lm
 fuzz: $(FUZZERS:%=build/fuzz_%)
-	for f in $(FUZZERS); do mkdir -p build/fuzz_$$f.d; (build/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
-	    -detect_leaks=0 -artifact_prefix=build/fuzz_$$f. build/fuzz_$$f.d dev/test/fuzz_corpus/$$f > build/fuzz_$$f.log 2>&1; \
+	for f in $(FUZZERS); do mkdir -p build/corpus_$$f; (build/fuzz_$$f -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=2048 \
+	    -detect_leaks=0 -artifact_prefix=build/fuzz_$$f. build/corpus_$$f dev/test/fuzz_corpus/$$f > build/fuzz_$$f.log 2>&1; \
 	    echo "fuzz_$$f: exit code $$?, $$(grep -a -o '^#[0-9][0-9]*' build/fuzz_$$f.log | tail -n 1) inputs, see build/fuzz_$$f.log") & done; wait; ! ls build/fuzz_*.crash-* build/fuzz_*.oom-* build/fuzz_*.timeout-* 2> /dev/null
 test-fuzz: $(FUZZERS:%=build/sanitized_fuzz_%)
 	for f in $(FUZZERS); do $(RUN_SANITIZED) build/sanitized_fuzz_$$f dev/test/fuzz_corpus/$$f/* || exit 1; done

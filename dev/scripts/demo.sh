@@ -19,27 +19,30 @@ sed -n 's/^{"instruction":"\([^"\\]*\)","input":"","output":"\([^"\\]*\)。"}$/\
     awk -v n="$QUESTIONS" '{line[NR] = $0} END {for (i = 0; i < n; i++) print line[int(i * NR / n) + 1]}' > "$OUT/questions.tsv"
 cut -f 1 "$OUT/questions.tsv" > "$OUT/questions.txt"
 
-# Held-out pairs, every 10th, of a better and a worse answer.
-./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --val-fraction 0 --out "$OUT/dpo_data" "$TINY/dpo.jsonl"
-awk 'NR % 10 == 1' "$TINY/dpo_heldout.jsonl" > "$OUT/pairs.jsonl"
-./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --val-fraction 0 --out "$OUT/pairs" "$OUT/pairs.jsonl"
+# Preferences: the training pairs, and of the held-out pairs every 10th, those that are about facts and those about style.
+pairs() { ./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --val-fraction 0 --out "$@"; }
+pairs "$OUT/dpo_data" "$TINY/dpo.jsonl"
+for kind in facts style; do awk 'NR % 10 == 1' "$TINY/dpo_heldout_$kind.jsonl" > "$OUT/$kind.jsonl"; done
+pairs "$OUT/facts" "$OUT/facts.jsonl"
+pairs "$OUT/style" "$OUT/style.jsonl"
+pairs "$OUT/both" "$OUT/facts.jsonl" "$OUT/style.jsonl"
 
 # examine MODEL [chat]: multiple choice by the statements' probability; pairs whose better answer is likelier; and with "chat", which asks
 # the questions, answers that contain the fact, and that end by themselves.
 examine() {
-    ./evaluate --model "$OUT/$1" --answer text --json "$OUT/$1.json" "$TINY/mc" "$OUT/pairs/train.bin" > "$OUT/$1.txt"
+    ./evaluate --model "$OUT/$1" --answer text --json "$OUT/$1.json" "$TINY/mc" "$OUT/facts/train.bin" "$OUT/style/train.bin" > "$OUT/$1.txt"
     choice=$(sed -n 's/.*"accuracy":{.*"questions":\([0-9.]*\)}.*/\1/p' "$OUT/$1.json")
-    pairs=$(sed -n 's/.*"pairs":\([0-9]*\),"pairs_in_order":\([0-9]*\).*/\1 \2/p' "$OUT/$1.json" | awk '{print 100 * $2 / $1}')
+    order=$(grep -o '"pairs":[0-9]*,"pairs_in_order":[0-9]*' "$OUT/$1.json" | awk -F '[:,]' '{printf "%16.1f %%", 100 * $4 / $2}')
     if [ "$2" = chat ]; then
         ./chat --model "$OUT/$1" --fresh --greedy --max-tokens 48 < "$OUT/questions.txt" > "$OUT/$1_answers.txt" 2> "$OUT/$1_chat.txt"
         facts=$(paste "$OUT/questions.tsv" "$OUT/$1_answers.txt" | awk -F '\t' 'index($3, $2) {n++} END {printf "%.1f %%", 100 * n / NR}')
         endless=$(sed -n 's/.*unanswered, \([0-9]*\) answers without an end.*/\1/p' "$OUT/$1_chat.txt")
         ended=$((QUESTIONS - endless))
     fi
-    printf '%-12s %14.1f %% %16.1f %% %18s %16s\n' "$1" "$choice" "$pairs" "${facts:--}" "${ended:--}" >> "$OUT/results.txt"
+    printf '%-12s %14.1f %% %s %18s %16s\n' "$1" "$choice" "$order" "${facts:--}" "${ended:--}" >> "$OUT/results.txt"
     cat "$OUT/results.txt"
 }
-printf '%-12s %16s %18s %18s %16s\n' stage "multiple choice" "pairs in order" "facts in answers" "answers that end" > "$OUT/results.txt"
+printf '%-12s %16s %18s %18s %18s %16s\n' stage "multiple choice" "right over wrong" "short over wordy" "facts in answers" "answers that end" > "$OUT/results.txt"
 
 stage "1. Pretraining"
 ./train_qwen --epochs "$PRETRAIN_EPOCHS" --sample-every 0 --log-every 200 --out "$OUT/pretrained"
@@ -52,13 +55,13 @@ stage "2. Instruction tuning"
 examine tuned chat
 
 stage "3. Preferences"
-./train_qwen --task dpo --model "$OUT/tuned" --data "$OUT/dpo_data" --val "$OUT/pairs/train.bin" --epochs "$DPO_EPOCHS" \
+./train_qwen --task dpo --model "$OUT/tuned" --data "$OUT/dpo_data" --val "$OUT/both/train.bin" --epochs "$DPO_EPOCHS" \
     --batch 8 --lr "$DPO_LR" --sample-every 0 --out "$OUT/preferred"
 examine preferred chat
 
-stage "4. Some of the questions, and its answers"
-paste "$OUT/questions.tsv" "$OUT/preferred_answers.txt" |
-    awk -F '\t' 'NR % 50 == 25 {printf "%s\n    %s%s\n", $1, $3, index($3, $2) ? "" : "        (" $2 ")"}'
+stage "4. Some of the questions, with the answers before and after preferences, and the right one where it was missed"
+paste "$OUT/questions.tsv" "$OUT/tuned_answers.txt" "$OUT/preferred_answers.txt" |
+    awk -F '\t' 'NR % 50 == 25 {printf "%s\n    %s\n    %s%s\n", $1, $3, $4, index($4, $2) ? "" : "        (" $2 ")"}'
 
 stage "Results"
 cat "$OUT/results.txt"

@@ -37,8 +37,8 @@ bool generate_in_child(const char *out, const char *seed, const char *size) {
 }
 
 static const char *const text_files[] = { "wiki.json", "baike.jsonl", "web.jsonl", "sft.jsonl", "dpo.jsonl",         // for training
-                                          "sft_heldout.jsonl", "dpo_heldout.jsonl" };
-enum { NUM_TRAINING = 5, NUM_TEXT_FILES = 7 };
+                                          "sft_heldout.jsonl", "dpo_heldout_facts.jsonl", "dpo_heldout_style.jsonl" };
+enum { NUM_TRAINING = 5, NUM_TEXT_FILES = 8 };
 
 bool is_same_file(const char *a, const char *b) {
     size_t n, m;
@@ -160,8 +160,9 @@ int count_held_out(const char *text) {
 }
 
 void collect_held_out(void) {
-    const char *files[] = { "one/sft_heldout.jsonl", "one/dpo_heldout.jsonl" }, *keys[] = { "instruction", "prompt" };
-    for (int i = 0; i < 2; i++) {
+    const char *files[] = { "one/sft_heldout.jsonl", "one/dpo_heldout_facts.jsonl", "one/dpo_heldout_style.jsonl" };
+    const char *keys[] = { "instruction", "prompt", "prompt" };
+    for (int i = 0; i < 3; i++) {
         char *cursor = read_file(in_scratch(files[i]), NULL), *record;
         JsonError error;
         for (int line = 0; (record = next_line(&cursor, &line)) != NULL; ) {
@@ -230,6 +231,28 @@ void test_choices(void) {
         }
     }
     check(bad == 0, "%d multiple-choice files: layout, different options, balanced answers; %d bad", 2 * corpus.num_domains, bad);
+}
+
+// In how many of 100 pairs the worse answer is the better one and more words; -1 if two are the same.
+int percent_wordy(const char *name) {
+    char *data = read_file(in_scratch(name), NULL), *cursor = data, *record;
+    int line = 0, count = 0, wordy = 0, same = 0;
+    JsonError error;
+    while ((record = next_line(&cursor, &line)) != NULL) {
+        Json *root = json_parse(record, strlen(record), &error);
+        const char *chosen = json_get(root, "chosen")->text, *rejected = json_get(root, "rejected")->text;
+        wordy += !strncmp(rejected, chosen, strlen(chosen));
+        same += !strcmp(rejected, chosen);
+        count++;
+        json_free(root);
+    }
+    free(data);
+    return same ? -1 : (int)lround(100.0 * wordy / count);
+}
+
+void test_pairs(void) {
+    int training = percent_wordy("one/dpo.jsonl"), facts = percent_wordy("one/dpo_heldout_facts.jsonl"), style = percent_wordy("one/dpo_heldout_style.jsonl");
+    check(abs(training - 40) <= 2 && facts == 0 && style == 100, "the worse answer is the better one in more words in %d, %d, %d of 100 pairs", training, facts, style);
 }
 
 void test_held_out(void) {
@@ -352,6 +375,7 @@ int main(void) {
     collect_held_out();
     test_csv();
     test_choices();
+    test_pairs();
     test_held_out();
     test_size();
     char command[64];

@@ -98,10 +98,11 @@ int *map_find(Map *m, uint64_t key, bool *is_new) {
 
 typedef enum {
     KIND_IT, KIND_INTRO, KIND_SAY, KIND_ASK, KIND_HELD, KIND_MC, KIND_LIST, KIND_GROUP, KIND_COMPARE, KIND_NEXT,        // in a domain
-    KIND_OPENER, KIND_CLOSER, KIND_LINK, KIND_DIALOG, KIND_INSTRUCT, KIND_DESCRIBE, KIND_CHOICE, KIND_UNSURE, NUM_KINDS // in common.txt
+    KIND_OPENER, KIND_CLOSER, KIND_LINK, KIND_DIALOG, KIND_INSTRUCT, KIND_DESCRIBE, KIND_CHOICE, KIND_WORDY, KIND_UNSURE, // in common.txt
+    NUM_KINDS
 } Kind;
 const char *kind_names[] = { "it", "intro", "say", "ask", "held", "mc", "list", "group", "compare", "next",
-                             "opener", "closer", "link", "dialog", "instruct", "describe", "choice", "unsure" };
+                             "opener", "closer", "link", "dialog", "instruct", "describe", "choice", "wordy", "unsure" };
 
 enum { MAX_FIELDS = 32, MAX_FACTS = 32 };
 
@@ -861,18 +862,22 @@ bool is_new_question(const char *question, const char *answer, const char *path,
     return false;
 }
 
-// The question, twice if it has <a|b>; of the training questions one in eight stands in "input", after an instruction.
+// The question, twice if it has <a|b>; of the training questions one in eight stands in "input", after an instruction, and of the others
+// three in four have more words in the answer than were asked for, as collected answers do.
 void add_question(Records *r, Scope *s, const Template *t, bool is_held) {
-    static Text question, answer, instruct;
+    static Text question, answer, instruct, reply;
     for (int draws = !is_held && strchr(t->left, '<') ? 2 : 1; draws > 0; draws--) {
         if (!fill_question(&question, &answer, s, t)) return;
         if (!is_new_question(question.data, answer.data, s->domain->path, t->line, is_held)) continue;
-        text_puts(&answer, "。");
+        text_cut(&reply, 0);
         text_cut(&instruct, 0);
         bool is_input = !is_held && random_percent(s->random, 12);
         if (is_input) fill_common(&instruct, s, KIND_INSTRUCT, NULL, NULL, NULL);
+        bool is_wordy = !is_held && !is_input && random_percent(s->random, 75);
+        if (is_wordy) fill_common(&reply, s, KIND_WORDY, question.data, answer.data, NULL);
+        else text_puts(&reply, answer.data), text_puts(&reply, "。");
         add_object(r, "instruction", is_input ? instruct.data : question.data, "input", is_input ? question.data : "",
-                   "output", answer.data, NULL);
+                   "output", reply.data, NULL);
     }
 }
 
@@ -911,22 +916,28 @@ void add_sft_heldout(Records *r, Scope *s) {
     for (int i = 0; i < s->domain->count[KIND_HELD]; i++) add_question(r, s, &s->domain->templates[KIND_HELD][i], true);
 }
 
-// The right answer against a wrong one or, in one of four training pairs, against a reply that says nothing.
-void add_preference(Records *r, Scope *s, const Template *t, bool is_held) {
+typedef enum { WRONG, WORDY, UNSURE } Worse;
+
+// The right answer against a wrong one, itself in more words, or a reply that says nothing.
+void add_preference(Records *r, Scope *s, const Template *t, Worse worse) {
     static Text question, answer, wrong;
     if (!fill_question(&question, &answer, s, t)) return;
     text_cut(&wrong, 0);
-    if (!is_held && random_percent(s->random, 25)) fill_common(&wrong, s, KIND_UNSURE, question.data, answer.data, NULL);
-    else if (wrong_answers(&wrong, 1, s, t, answer.data)) text_puts(&wrong, "。");
-    else return;
+    if (worse == WRONG && wrong_answers(&wrong, 1, s, t, answer.data) < 1) return;
+    if (worse == WRONG) text_puts(&wrong, "。");
+    else fill_common(&wrong, s, worse == WORDY ? KIND_WORDY : KIND_UNSURE, question.data, answer.data, NULL);
     text_puts(&answer, "。");
     add_object(r, "prompt", question.data, "chosen", answer.data, "rejected", wrong.data, NULL);
 }
 void add_dpo(Records *r, Scope *s) {
-    for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_ASK, f), false);
+    const Worse worse[] = { WRONG, WRONG, WORDY, WORDY, UNSURE };
+    for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_ASK, f), worse[random_below(s->random, 5)]);
 }
-void add_dpo_heldout(Records *r, Scope *s) {
-    for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_HELD, f), true);
+void add_dpo_facts(Records *r, Scope *s) {
+    for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_HELD, f), WRONG);
+}
+void add_dpo_style(Records *r, Scope *s) {
+    for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_HELD, f), WORDY);
 }
 
 void csv_field(FILE *f, const char *text, const char *before) {
@@ -1095,7 +1106,8 @@ void write_corpus(const char *folder) {
     write_file(folder, "sft.jsonl", add_sft, 1, false);
     write_file(folder, "sft_heldout.jsonl", add_sft_heldout, 1, false);
     write_file(folder, "dpo.jsonl", add_dpo, 1, false);
-    write_file(folder, "dpo_heldout.jsonl", add_dpo_heldout, 1, false);
+    write_file(folder, "dpo_heldout_facts.jsonl", add_dpo_facts, 1, false);
+    write_file(folder, "dpo_heldout_style.jsonl", add_dpo_style, 1, false);
     char mc[1024], val[1032], dev[1032];
     CHECK(snprintf(mc, sizeof mc, "%s/mc", folder) < (int)sizeof mc, "%s: the path is too long", folder);
     snprintf(val, sizeof val, "%s/val", mc);

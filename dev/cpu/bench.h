@@ -13,10 +13,11 @@ double fma_peak(int threads, double seconds) {
     double total = 0;
     #pragma omp parallel num_threads(threads) reduction(+:total)
     {
-        // independent sums: more than latency (4) times units (2), and all in registers (so no more than UNROLL unrolls)
+        // Independent sums: more than latency (4) times units (2), and all in registers (so no more than UNROLL unrolls). They begin with
+        // what the compiler can't know, or it would see that 1 * 0.999 + 0.001 stays 1 and leave that sum out.
         enum { CHAINS = 2 * MR >= 16 ? 16 : 12 };
         vec sum[CHAINS], x = (vec){} + 0.999f, y = (vec){} + 0.001f;
-        for (int i = 0; i < CHAINS; i++) sum[i] = (vec){} + (float)i;
+        for (int i = 0; i < CHAINS; i++) sum[i] = (vec){} + keep_result + (float)i;
         double begin = now_s(), end = begin;
         long rounds = 0;
         do {

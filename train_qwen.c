@@ -345,10 +345,13 @@ View view(const float *data, ptrdiff_t row, ptrdiff_t col) { View v = {data, row
 
 typedef enum { OVERWRITE, ACCUMULATE } WriteMode;
 
-// c (m, n) = or += a (m, kc) b (kc, n), m <= MR, n <= NR. Both are packed: column k of a is a[k * MR ..], row k of b is b[k * NR ..].
-// Always MR * NR sums of the same order, so that an element of C doesn't depend on where its tile begins; at the border the surplus is
-// dropped. C is asked for first, as it comes from far away and is needed last.
-void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int kc, int m, int n, WriteMode mode) {
+// c (m, n) = or += a (m, kc) b (kc, n), m <= rows, n <= NR. Both are packed: column k of a is a[k * MR ..], row k of b is b[k * NR ..].
+// Always whole vectors and sums of the same order, so that an element of C doesn't depend on where its tile begins; at the border the
+// surplus is dropped. C is asked for first, as it comes from far away and is needed last. (Loops to MR, not to rows: Clang unrolls those.)
+#if defined(__GNUC__)
+__attribute__((always_inline))                                   // so that rows is a constant
+#endif
+static inline void multiply_tile(float *c, ptrdiff_t ldc, const float *a, const float *b, int kc, int m, int n, int rows, WriteMode mode) {
     vec sum[MR][2];
     UNROLL
     for (int i = 0; i < MR; i++) sum[i][0] = sum[i][1] = (vec){0};
@@ -357,12 +360,13 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
     for (int k = 0; k < kc; k++, a += MR, b += NR) {
         vec b0 = *(const vec_at *)b, b1 = *(const vec_at *)(b + VL);
         UNROLL
-        for (int i = 0; i < MR; i++) sum[i][0] += a[i] * b0, sum[i][1] += a[i] * b1;
+        for (int i = 0; i < MR; i++) if (i < rows) sum[i][0] += a[i] * b0, sum[i][1] += a[i] * b1;
     }
     float border[MR][NR];
-    bool whole = m == MR && n == NR;
+    bool whole = m == rows && n == NR;
     UNROLL
     for (int i = 0; i < MR; i++) {
+        if (i >= rows) continue;
         float *to = whole ? c + i * ldc : border[i];
         vec_at *c0 = (vec_at *)to, *c1 = (vec_at *)(to + VL);
         if (whole && mode == ACCUMULATE) sum[i][0] += *c0, sum[i][1] += *c1;
@@ -372,18 +376,21 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
         for (int j = 0; j < n; j++) c[i * ldc + j] = mode == ACCUMULATE ? c[i * ldc + j] + border[i][j] : border[i][j];
 }
 
-// out[k * width + w] = from(w, k), w < count <= width, k < kc; zeros for the other w. Whole panels are copied by vectors: rows of the panel
-// that lie side by side as they are, others VL x VL at a time through registers: interleaving row i with row i + VL / 2 moves each
-// element's index bits (row, column) round by one, so after log2(VL) times row and column have changed places. A panel narrower than a
-// vector is written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
+// The micro-kernel: MR rows, or fewer where C ends.
+void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int kc, int m, int n, WriteMode mode) {
+    if (m <= 4) multiply_tile(c, ldc, a, b, kc, m, n, 4, mode);
+    else if (m <= 8 && MR > 8) multiply_tile(c, ldc, a, b, kc, m, n, 8, mode);
+    else multiply_tile(c, ldc, a, b, kc, m, n, MR, mode);
+}
+
+// out[k * width + w] = from(w, k), w < count <= width, k0 <= k < kc; zeros for the other w. Rows of from that are whole are transposed VL x VL
+// at a time in registers: interleaving row i with row i + VL / 2 moves each element's index bits (row, column) round by one, so after
+// log2(VL) times row and column have changed places. A panel narrower than a vector is written with vectors all the same, in ascending
+// order; what is too much is overwritten by what comes next.
 #if defined(__GNUC__)
 __attribute__((always_inline))                                   // so that width is a constant
 #endif
-static inline void pack_panel(float *out, View from, int count, int width, int kc) {
-    int k = 0;
-    if (from.row == 1 && count == width)
-        for (; k < kc - 1; k++)                                  // (a narrow panel's last row could end with the memory)
-            for (int w = 0; w < width; w += VL) *(vec_at *)(out + k * width + w) = *(const vec_at *)(from.data + k * from.col + w);
+static inline void pack_panel(float *out, View from, int count, int width, int k, int kc) {
 #if defined(__has_builtin) && !defined(__CUDACC__)
 #if __has_builtin(__builtin_shufflevector)
     if (from.col == 1 && count == width)
@@ -392,6 +399,8 @@ static inline void pack_panel(float *out, View from, int count, int width, int k
                 vec rows[VL], next[VL];
                 UNROLL
                 for (int i = 0; i < VL; i++) rows[i] = *(const vec_at *)(from.data + (w0 + i < width ? w0 + i : 0) * from.row + k);
+                UNROLL
+                for (int i = 0; i < VL; i++) if (w0 + i < width) __builtin_prefetch(from.data + (w0 + i + width) * from.row + k);
                 for (int times = 1; times < VL; times *= 2) {
                     UNROLL
                     for (int i = 0; i < VL / 2; i++) {
@@ -410,6 +419,20 @@ static inline void pack_panel(float *out, View from, int count, int width, int k
         for (int w = 0; w < width; w++) out[k * width + w] = w < count ? from.data[w * from.row + k * from.col] : 0;
 }
 
+// The same for any number of w: panel p begins at out[p * width * depth], depth >= kc.
+#if defined(__GNUC__)
+__attribute__((always_inline))
+#endif
+static inline void pack(float *out, ptrdiff_t depth, View from, int count, int width, int kc) {
+    int whole = count - count % width, k = 0;
+    if (from.row == 1)
+        for (; k < kc - 1; k++)                                  // (the last row, if narrow, could end with the memory)
+            for (int w = 0; w < whole; w += width)
+                for (int v = 0; v < width; v += VL) *(vec_at *)(out + w * depth + k * width + v) = *(const vec_at *)(from.data + k * from.col + w + v);
+    for (int w = 0; w < count; w += width)
+        pack_panel(out + w * depth, view(from.data + w * from.row, from.row, from.col), w < whole ? width : count - whole, width, w < whole ? k : 0, kc);
+}
+
 // A buffer of the calling thread, kept for its next call; 64-byte aligned. Slots are used independently.
 float *thread_buffer(int slot, size_t floats) {
     static __thread float *buffers[4];
@@ -426,14 +449,8 @@ enum { BUFFER_A, BUFFER_B, BUFFER_ATTENTION, BUFFER_ROW };
 
 // Packs A (m, kc) as the panels of MR rows that the micro-kernel reads. Panel p begins at out[p * MR * depth]; depth >= kc leaves room for
 // more columns. Likewise B (kc, n) as panels of NR columns.
-void pack_rows(float *out, int depth, View a, int m, int kc) {
-    for (int i = 0; i < m; i += MR)
-        pack_panel(out + (ptrdiff_t)i * depth, view(a.data + i * a.row, a.row, a.col), m - i < MR ? m - i : MR, MR, kc);
-}
-void pack_columns(float *out, int depth, View b, int n, int kc) {
-    for (int j = 0; j < n; j += NR)
-        pack_panel(out + (ptrdiff_t)j * depth, view(b.data + j * b.col, b.col, b.row), n - j < NR ? n - j : NR, NR, kc);
-}
+void pack_rows(float *out, int depth, View a, int m, int kc) { pack(out, depth, a, m, MR, kc); }
+void pack_columns(float *out, int depth, View b, int n, int kc) { pack(out, depth, view(b.data, b.col, b.row), n, NR, kc); }
 
 // C (m, n) = or += A (m, kc) B (kc, n), both packed.
 void multiply_packed(float *C, ptrdiff_t ldc, const float *a, int a_depth, const float *b, int b_depth, int m, int n, int kc,
@@ -937,7 +954,7 @@ void attention_backward_block(float *dq, float *dk, float *dv, const float *datt
             const float *panels = which ? a->ds : a->p;
             for (int j = 0; j < count; j += MR)
                 for (int i = 0; i < n; i += NR)
-                    pack_panel(a->left + j * n + i * MR, view(panels + i * KEY_ROWS + j * NR, NR, 1), count - j < MR ? count - j : MR, MR,
+                    pack_panel(a->left + j * n + i * MR, view(panels + i * KEY_ROWS + j * NR, NR, 1), count - j < MR ? count - j : MR, MR, 0,
                                n - i < NR ? n - i : NR);
             multiply_packed((which ? dk : dv) + (ptrdiff_t)key * stride, stride, a->left, n, which ? a->queries : a->datts, n, count, HD, n,
                             ACCUMULATE);

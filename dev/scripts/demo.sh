@@ -8,7 +8,7 @@
 #     OUT=other PRETRAIN_EPOCHS=4 sh dev/scripts/demo.sh                         anything below can be given so
 set -e
 : "${OUT:=demo}" "${TINY:=data/tiny_baike}" "${QUESTIONS:=500}"
-: "${PRETRAIN_EPOCHS:=6}" "${SFT_EPOCHS:=2}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=5e-6}"
+: "${PRETRAIN_EPOCHS:=6}" "${SFT_EPOCHS:=2}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=1e-5}"
 mkdir -p "$OUT"
 began=$(date +%s)
 minutes() { echo $((($(date +%s) - began) / 60))m; }
@@ -23,9 +23,8 @@ cut -f 1 "$OUT/questions.tsv" > "$OUT/questions.txt"
 pairs() { ./prepare --task dpo --tokenizer "$TINY/tokenizer.bin" --val-fraction 0 --out "$@"; }
 pairs "$OUT/dpo_data" "$TINY/dpo.jsonl"
 for kind in facts style; do awk 'NR % 10 == 1' "$TINY/dpo_heldout_$kind.jsonl" > "$OUT/$kind.jsonl"; done
-pairs "$OUT/facts" "$OUT/facts.jsonl"
-pairs "$OUT/style" "$OUT/style.jsonl"
-pairs "$OUT/both" "$OUT/facts.jsonl" "$OUT/style.jsonl"
+paste -d '\n' "$OUT/facts.jsonl" "$OUT/style.jsonl" | grep . > "$OUT/both.jsonl"
+for kind in facts style both; do pairs "$OUT/$kind" "$OUT/$kind.jsonl"; done
 
 # examine MODEL [chat]: multiple choice by the statements' probability; pairs whose better answer is likelier; and with "chat", which asks
 # the questions, answers that contain the fact, and that end by themselves.
@@ -56,7 +55,7 @@ examine tuned chat
 
 stage "3. Preferences"
 ./train_qwen --task dpo --model "$OUT/tuned" --data "$OUT/dpo_data" --val "$OUT/both/train.bin" --epochs "$DPO_EPOCHS" \
-    --batch 8 --lr "$DPO_LR" --sample-every 0 --out "$OUT/preferred"
+    --batch 8 --lr "$DPO_LR" --eval-tokens 1000000 --sample-every 0 --out "$OUT/preferred"
 examine preferred chat
 
 stage "4. Some of the questions, with the answers before and after preferences, and the right one where it was missed"

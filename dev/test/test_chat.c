@@ -394,6 +394,28 @@ void test_refused(void) {
     dup2(terminal, 1), dup2(errors, 2), close(terminal), close(nowhere), close(errors);
     check(answered && refused && c.num_turns == 1 && c.first_turn == 0 && c.turns[0].answer.count > 0,
           "a refused question leaves the conversation as it was");
+    terminal = dup(1), nowhere = open("/dev/null", O_WRONLY), errors = dup(2);
+    dup2(nowhere, 1), dup2(nowhere, 2);
+    chat_add_question(&c, "again");
+    answered = chat_answer(&c);
+    chat_add_question(&c, words);
+    refused = !chat_answer(&c);
+    fflush(stdout);
+    dup2(terminal, 1), dup2(errors, 2), close(terminal), close(nowhere), close(errors);
+    check(answered && refused && c.num_turns == 2 && c.first_turn == 0, "also one of two turns");
+    c.first_turn = 1, chat_drop_turns(&c, 1);
+    check(c.num_turns == 1 && c.first_turn == 0, "a question given up leaves /retry the one before");
+}
+
+// The directory of an adapter has no config.json: its base has.
+void test_adapter(void) {
+    const char *directory = path_of("%s/adapter", model_path), *path = path_of("%s/adapter_config.json", directory);
+    make_directory(directory);
+    FILE *f = create_file(path);
+    fprintf(f, "{\"peft_type\": \"LORA\", \"base_model_name_or_path\": \"%s\", \"r\": 1, \"lora_alpha\": 1, \"target_modules\": [\"q_proj\"]}", model_path);
+    close_file(f, path);
+    check(strcmp(checkpoint_system(directory), "") == 0, "the system message of an adapter without tokenizer files");
+    delete_directory(directory);
 }
 
 void test_pipe(void) {
@@ -417,6 +439,9 @@ void test_pipe(void) {
     bool both = line && strncmp(first, line + 1, (size_t)(line - first)) == 0;
     check(both, "--fresh --greedy: the same question, the same answer");
     free(first);
+    char *small = output_of(path_of("./chat --model %s --context 15 2>&1 < /dev/null", model_path), &code);
+    check(code == 1 && strstr(small, "--context 15 is too small") != NULL, "a context of 15: %s", small);
+    free(small);
     char *raw = output_of(path_of("printf 'ab' | ./chat --model %s --raw --max-tokens 6 --greedy 2>/dev/null", model_path), &code);
     char *generated = output_of(path_of("./train_qwen generate --model %s --prompt ab --max-tokens 6 --greedy", model_path), &code);
     check(strlen(raw) > 3 && strlen(generated) > 2 && strncmp(raw, generated + 2, strlen(raw) - 3) == 0, "--raw continues as ./train_qwen generate does");
@@ -432,6 +457,7 @@ int main(void) {
     test_system_messages();
     make_model();
     test_refused();
+    test_adapter();
     test_terminal();
     test_interrupt();
     test_write_text();

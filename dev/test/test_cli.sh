@@ -135,20 +135,39 @@ same "the prompt from standard input, and a seed" "$dir/one" "$dir/two"
 says "generate --ids" '^([0-9]+ )+$' ./train_qwen generate --model "$dir/a" --prompt 长江 --max-tokens 5 --ids --greedy
 fails "a prompt with a NUL byte" "has a NUL byte at 6" sh -c "printf '长江\0黄河' | ./train_qwen generate --model $dir/a"
 if [ -w /dev/full ]; then fails "output to a full disk" "cannot write the output" sh -c "./train_qwen info --model tiny > /dev/full"; fi
+fails "an empty --prompt is not standard input" "the prompt is empty" sh -c "echo x | ./train_qwen generate --model $dir/a --prompt ''"
 fails "an empty prompt" "the prompt is empty" sh -c "./train_qwen generate --model $dir/a < /dev/null"
 says "a checkpoint as the model of a new run" saved ./train_qwen --data data/tiny_baike --model "$dir/a" --batch 2 --seq 32 --steps 2 --sample-every 0 --out "$dir/l"
 fails "a model inside --out" "lies in --out $dir/l" ./train_qwen --data data/tiny_baike --model "$dir/l" --batch 2 --seq 32 --steps 2 --out "$dir/l"
+mkdir "$dir/in"; cp data/tiny_baike/*.bin "$dir/in"; : > "$dir/in/log.jsonl"
+fails "data inside --out" "--data $dir/in lies in --out $dir/in" ./train_qwen --data "$dir/in" --model tiny --batch 2 --seq 32 --steps 1 --out "$dir/in"
 says "export, a directory with a slash" "wrote $dir/export:" ./train_qwen export --model "$dir/a" --out "$dir/export/"
 cp -r dev/test/fixtures/qwen3 "$dir/tied"; sed -i.old 's/"tie_word_embeddings": false/"tie_word_embeddings": true/' "$dir/tied/config.json"
 fails "a head beside tied embeddings" "lm_head.weight is no copy of the embeddings" ./train_qwen export --model "$dir/tied" --out "$dir/t"
 ./train_qwen --data data/tiny_baike --model "$dir/a" --batch 2 --seq 32 --steps 2 --sample-every 0 --lora-rank 2 --out "$dir/r" > /dev/null
 fails "a resumed adapter with another alpha" "must stay so on --resume" ./train_qwen --resume --out "$dir/r" --lora-alpha 3 --steps 4 --batch 2 --seq 32
+fails "a resumed adapter on other projections" "must stay so on --resume" ./train_qwen --resume --out "$dir/r" --lora-targets q_proj --steps 4 --batch 2 --seq 32
+fails "an adapter in bf16" "adapters are kept in fp32" $train --model "$dir/a" --lora-rank 2 --save-dtype bf16 --out "$dir/s"
+cp -r "$dir/r/step_00000002" "$dir/alora"; sed -i.old 's/"init_lora_weights"/"alora_invocation_tokens": [1], "init_lora_weights"/' "$dir/alora/adapter_config.json"
+fails "an adapter that begins at a token" "alora_invocation_tokens" ./train_qwen export --model "$dir/alora" --out "$dir/t"
 sed -i.old 's/"init_lora_weights": true/"init_lora_weights": "pissa_niter_4"/' "$dir/r/step_00000002/adapter_config.json"
 fails "an adapter that changes its base" "init_lora_weights" ./train_qwen export --model "$dir/r" --out "$dir/t"
 
 # signals: a reader that goes away, Ctrl-C before the first update
 $train --steps 1000 --log-every 1 --out "$dir/p" 2> /dev/null | head -n 12 > /dev/null
 says "| head: the run saves before it stops" 'resumed .*at update [0-9]+$' $train --steps 1000 --log-every 1 --out "$dir/p" --resume --steps 20
+
+# hang_up SETTING: a run of 300 updates gets a SIGHUP after the first
+hang_up() {
+    (eval "$1"; exec $train --steps 300 --log-every 1 --out "$dir/q" > "$dir/run" 2>&1) & pid=$!
+    while ! grep -q '^update' "$dir/run" && kill -0 $pid; do sleep 0.05; done
+    kill -HUP $pid; wait $pid; code=$?
+    rm -rf "$dir/q"
+}
+: > "$dir/run"; hang_up "trap - HUP"
+if [ $code -eq 0 ] && grep -q 'stopped by a signal' "$dir/run"; then ok "a closed terminal: the run saves and stops"; else bad "SIGHUP: code $code, $(tail -1 "$dir/run")"; fi
+: > "$dir/run"; hang_up "trap '' HUP"
+if [ $code -eq 0 ] && grep -q '/step_00000300' "$dir/run"; then ok "nohup: it goes on"; else bad "nohup: code $code, $(tail -1 "$dir/run")"; fi
 
 echo "passed $passed, failed $failed, skipped 0"
 [ $failed -eq 0 ]

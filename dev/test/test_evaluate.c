@@ -170,6 +170,7 @@ void run_dev_shots(const char *path) { eval.split = 3, eval.shots = 1, run_all(p
 void read_statements(const char *path) { eval.answer = ANSWER_TEXT, questions_read(path); }
 void run_json_details(const char *path) { eval.json = eval.details = "both", run_all(path); }
 void run_given_shots(const char *path) { given[num_given++] = &eval.shots, run_all(path); }
+void run_given_split(const char *path) { given[num_given++] = &eval.split, run_all(path); }
 void run_preset(const char *path) { opt.model = "tiny", evaluate_files(&path, 1); }
 
 void check_bad_csv(const char *what, const char *text, const char *message) {
@@ -210,9 +211,13 @@ void test_bad_files(void) {
     check_fails("examples among the questions", run_dev_shots, FIXTURES "/ceval", "are the examples themselves");
     check_fails("one file for two results", run_json_details, FIXTURES "/sft.bin", "--json and --details are both");
     check_fails("examples for token files", run_given_shots, FIXTURES "/sft.bin", "are for questions; there are only token files");
+    check_fails("a split of token files", run_given_split, FIXTURES "/sft.bin", "there is no directory");
     check_fails("statements with examples", run_text_shots, FIXTURES "/ceval", "--answer text compares statements by themselves");
     check_fails("a context without room", run_short_context, FIXTURES "/ceval", "--context 4 leaves no room for a question");
     check_fails("results that can't be written", run_json, FIXTURES "/sft.bin", "cannot write /nowhere/json");
+    check_fails("and that shows first", run_json, "data/tiny_baike/val.bin", "cannot write /nowhere/json");
+    eval.details = "/dev/null", run_all(FIXTURES "/sft.bin"), eval.details = "";
+    check(true, "details to a file that no disk holds");
     check_fails("a preset", run_preset, FIXTURES "/sft.bin", "is a preset without weights");
     const char *mixed = path_of("%s/mixed", scratch);
     make_directory(mixed);

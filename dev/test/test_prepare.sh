@@ -91,7 +91,10 @@ done
 same_file "standard input" "$D/lines/train.bin" "$D/stdin/train.bin"
 printf '{"text":"%s"}\n' "$A" > "$D/1.jsonl"; printf '{"text":"%s"}\n' "$B" > "$D/2.jsonl"
 prep two "$D/1.jsonl" "$D/2.jsonl"
+prep second "$D/2.jsonl"
+{ dd bs="$(wc -c < "$D/1.jsonl")" count=1 > /dev/null 2>&1; "$P" --val-fraction 0 --out "$D/rest" -; } < "$D/lines.jsonl" > /dev/null 2>&1
 same_file "two files, in order" "$D/lines/train.bin" "$D/two/train.bin"
+same_file "standard input of which a part was read before" "$D/second/train.bin" "$D/rest/train.bin"
 printf '\357\273\277  indented\r\nsame document\r\n \t\r\n\r\nnext\r\n\r\n' > "$D/t.txt"
 prep text "$D/t.txt"
 equal "text: blank lines, CRLF, byte order mark" "$(text "$D/text/train.bin")" '  indented|same document<|im_end|>|next<|im_end|>|'
@@ -121,7 +124,7 @@ printf '{"a":{"b":"deep"},"text":"not this"}\n' > "$D/f.jsonl"
 prep field --field a.b "$D/f.jsonl"
 equal "--field" "$(text "$D/field/train.bin")" 'deep<|im_end|>|'
 KEY=$(printf '%080d' 1)
-printf '{"a":[{"b":"zero"},{"b":"one"}],"l":["zero"],"m":{"%s2":"no","%s":"long"}}\n' "$KEY" "$KEY" > "$D/f.jsonl"
+printf '{"a":[{"b":"zero"},{"b":"one"}],"l":["zero"],"m":{"%s2":"no","%s":"long","%s3":"no"}}\n' "$KEY" "$KEY" "$KEY" > "$D/f.jsonl"
 prep field --field a.1.b "$D/f.jsonl"
 equal "--field: an element of a list" "$(text "$D/field/train.bin")" 'one<|im_end|>|'
 prep field --field "m.$KEY" "$D/f.jsonl"
@@ -191,8 +194,9 @@ printf '{"system":"Ｓ","instruction":"ｈｉ","output":"ｏｋ"}\n' > "$D/s2.js
 prep nfkc --nfkc "$D/s2.jsonl"
 equal "--nfkc: every message" "$(text "$D/nfkc/train.bin")" '<|im_start|>system|S<|im_end|>|<|im_start|>user|hi<|im_end|>|<|im_start|>assistant|⟦ok<|im_end|>⟧|'
 printf '{"system":[1],"instruction":"hi","output":"ok"}\n{"system":" \\n","instruction":"hi","output":"ok"}\n{"system":null,"instruction":"hi","output":"ok"}\n' > "$D/s2.jsonl"
+printf '{"messages":[{"role":"system","content":" "},{"role":"user","content":"hi"},{"role":"assistant","content":"ok"}]}\n' >> "$D/s2.jsonl"
 prep blank "$D/s2.jsonl"
-skips "system: neither text nor null" "skipped, wrong type (system)" 2
+skips "system: neither text nor null" "skipped, wrong type (system)" 3
 equal "system: a blank one is none" "$(ids "$D/blank/train.bin" | sort -u)" "$HI_OK"
 prep none --template none --eos '<|endoftext|>' "$D/s.jsonl"
 equal "--template none" "$(text "$D/none/train.bin")" 'hi⟦ok<|endoftext|>⟧|'
@@ -219,14 +223,16 @@ prep dpo3 "$D/d3.jsonl"
 equal "dpo: only the last answer is trained" "$(ids "$D/dpo3/train.bin" | head -1)" "$(echo "$HI_OK" | tr -d '*') $NL $HI_OK"
 SYSTEM="$IM 8948 $NL $(tokens_of S) $END $NL"
 for record in "{\"system\":\"S\",\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}" \
-    "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$AO],\"rejected\":[$AH]}"; do
+    "{\"prompt\":[{\"role\":\"system\",\"content\":\"S\"},$U],\"chosen\":[$AO],\"rejected\":[$AH]}" \
+    "{\"system\":\"S\",\"prompt\":[{\"role\":\"system\",\"content\":\"T\"},$U],\"chosen\":[$U,$AO],\"rejected\":[$U,$AH]}"; do
     echo "$record" > "$D/d2.jsonl"
     prep dpo2 "$D/d2.jsonl"
     equal "dpo, system message $(echo "$record" | cut -c1-50)..." "$(ids "$D/dpo2/train.bin" | tr '\n' '|')" "$SYSTEM $(echo "$PAIR" | sed "s/|$IM/|$SYSTEM $IM/")"
 done
 printf '{"prompt":"hi","chosen":"ok","rejected":"ok"}\n{"chosen":[%s,%s],"rejected":[%s,%s]}\n%s\n' "$U" "$AO" '{"role":"user","content":"bye"}' "$AH" '{"prompt":"hi","chosen":"ok","rejected":"hi"}' > "$D/d2.jsonl"
+printf '{"chosen":[%s,%s],"rejected":[%s,%s,%s,%s]}\n' "$U" "$AO" "$U" "$AH" "$U" "$AO" >> "$D/d2.jsonl"
 prep dpo2 "$D/d2.jsonl"
-skips "dpo: equal answers, different prompts" "1 with two different prompts, 1 with two equal answers" 2
+skips "dpo: equal answers, different prompts" "2 with two different prompts, 1 with two equal answers" 2
 fails "dpo: --strict" "d2.jsonl:1: with two equal answers" "$P" --strict --out "$D/x" "$D/d2.jsonl"
 prep dpo2 --max-chars 8 "$D/d.jsonl"
 skips "dpo: the limits count both sides, each once" "dropped: 0" 2
@@ -272,11 +278,21 @@ skips "strings: a broken one takes no other with it" "dropped: 1 records: 1 malf
 printf '[{"text":"good1"}\n,{"text":"broken\n,{"text":"good2"}\n,{"text":"good3"}]' > "$D/commas.json"
 prep commas "$D/commas.json"
 skips "lines that begin with a comma" "dropped: 1 records: 1 malformed JSON$" 3
+printf '[\n{"text":"a","list":[\n  {"text":"part"},\n{"text":"b"}\n]\n' > "$D/inner.json"
+prep inner "$D/inner.json"
+skips "a record cut off behind a part that begins as it does" "dropped: 1 records: 1 malformed JSON$" 1
+printf '[\n{"text":"a"},\n{"text":"b\n]\n' > "$D/last.json"
+prep last "$D/last.json"
+skips "the last record of an array is broken: that is reported once" "dropped: 1 records: 1 malformed JSON; 1 bytes" 1
 for first in '{"text":"a"},' ''; do
     { printf '[%s{"text":"b\nb","list":[{"x":1}, {"x":2}]}' "$first"; i=1; while [ $i -le 1000 ]; do printf ', {"text":"good%d"}' $i; i=$((i + 1)); done; printf ']'; } > "$D/line.json"
     prep line "$D/line.json"
     skips "an array on one line: what is behind a broken record is found" "1 malformed JSON; 28 bytes behind broken" $((1000 + ${#first} / 13))
 done
+{ printf '[{"text":"a"},{"text":"b\nb'; head -c 8388577 /dev/zero | tr '\0' x; printf '"}, {"text":"good"}]'; } > "$D/edge.json"
+prep edge "$D/edge.json"
+skips "so where the first 8 MB end" "1 malformed JSON; 8388580 bytes behind broken" 2
+rm "$D/edge.json"
 printf '{"title":"a\nb","sections":[{"title":"c","content":"d"},{"title":"e","content":"f"}]}\n{"title":"g","sections":[]}\n' > "$D/sections.jsonl"
 prep sections "$D/sections.jsonl"
 skips "but nothing inside a broken record" "1 malformed JSON; 72 bytes behind broken" 1

@@ -383,10 +383,10 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
     else multiply_tile(c, ldc, a, b, kc, m, n, MR, mode);
 }
 
-// out[k * width + w] = from(w, k), w < count <= width, k0 <= k < kc; zeros for the other w. Rows of from that are whole are transposed VL x VL
-// at a time in registers: interleaving row i with row i + VL / 2 moves each element's index bits (row, column) round by one, so after
-// log2(VL) times row and column have changed places. A panel narrower than a vector is written with vectors all the same, in ascending
-// order; what is too much is overwritten by what comes next.
+// out[k * width + w] = from(w, k), w < count <= width, from k on to kc; zeros for the other w. Whole panels whose rows lie in memory as they
+// are go through registers, VL x VL at a time: interleaving row i with row i + VL / 2 moves each element's index bits (row, column) round
+// by one, so after log2(VL) times row and column have changed places. The next panel's rows are asked for meanwhile. A panel narrower than
+// a vector is written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
 #if defined(__GNUC__)
 __attribute__((always_inline))                                   // so that width is a constant
 #endif
@@ -398,9 +398,10 @@ static inline void pack_panel(float *out, View from, int count, int width, int k
             for (int w0 = 0; w0 < width; w0 += VL) {
                 vec rows[VL], next[VL];
                 UNROLL
-                for (int i = 0; i < VL; i++) rows[i] = *(const vec_at *)(from.data + (w0 + i < width ? w0 + i : 0) * from.row + k);
-                UNROLL
-                for (int i = 0; i < VL; i++) if (w0 + i < width) __builtin_prefetch(from.data + (w0 + i + width) * from.row + k);
+                for (int i = 0; i < VL; i++) {
+                    rows[i] = *(const vec_at *)(from.data + (w0 + i < width ? w0 + i : 0) * from.row + k);
+                    __builtin_prefetch(from.data + (w0 + i + width) * from.row + k);
+                }
                 for (int times = 1; times < VL; times *= 2) {
                     UNROLL
                     for (int i = 0; i < VL / 2; i++) {
@@ -419,18 +420,21 @@ static inline void pack_panel(float *out, View from, int count, int width, int k
         for (int w = 0; w < width; w++) out[k * width + w] = w < count ? from.data[w * from.row + k * from.col] : 0;
 }
 
-// The same for any number of w: panel p begins at out[p * width * depth], depth >= kc.
+// The same for any count: panel p begins at out[p * width * depth], depth >= kc. What lies side by side in memory is copied by vectors, in
+// the order of the memory.
 #if defined(__GNUC__)
 __attribute__((always_inline))
 #endif
 static inline void pack(float *out, ptrdiff_t depth, View from, int count, int width, int kc) {
-    int whole = count - count % width, k = 0;
+    int whole = count - count % width, copied = 0;
     if (from.row == 1)
-        for (; k < kc - 1; k++)                                  // (the last row, if narrow, could end with the memory)
-            for (int w = 0; w < whole; w += width)
-                for (int v = 0; v < width; v += VL) *(vec_at *)(out + w * depth + k * width + v) = *(const vec_at *)(from.data + k * from.col + w + v);
+        for (; copied < kc - 1; copied++)                        // (the last k, of a narrow panel, could end with the memory)
+            for (int w0 = 0; w0 < whole; w0 += width)
+                for (int w = w0; w < w0 + width; w += VL)
+                    *(vec_at *)(out + w0 * (depth - 1) + copied * width + w) = *(const vec_at *)(from.data + copied * from.col + w);
     for (int w = 0; w < count; w += width)
-        pack_panel(out + w * depth, view(from.data + w * from.row, from.row, from.col), w < whole ? width : count - whole, width, w < whole ? k : 0, kc);
+        pack_panel(out + w * depth, view(from.data + w * from.row, from.row, from.col), w < whole ? width : count - whole, width,
+                   w < whole ? copied : 0, kc);
 }
 
 // A buffer of the calling thread, kept for its next call; 64-byte aligned. Slots are used independently.

@@ -257,10 +257,19 @@ size_t string_extent(const Reader *r, const char *s, size_t end, size_t len, con
     return is_record ? end : next;
 }
 
+bool is_json(const char *s, size_t len) {
+    JsonError error;
+    Json *root = json_parse(s, len, &error);
+    bool is = root != NULL;
+    json_free(root);
+    return is;
+}
+
 // Length of the record that begins at s[0] with { or ", 0 if more bytes are needed. One broken record must not take others with it:
-// at a { where none can stand the record was cut off. The next one begins there, or before: at the first line that began at the record's
-// column (or left of it) with the record's own first key. Such a line may also be a part of the record, so it counts only if the record
-// turns out to be broken. With a line break inside a string, the reader is lost until a line looks like a record again.
+// at a { where none can stand, or a line that begins at the record's column (or left of it) with the record's own first key, it was cut off
+// and the next one begins. A { in an array without a comma before it counts if it begins such a line: otherwise only the comma is missing.
+// If the record's first key has a line of its own (printed without indentation), such a line may also be a part of the record, and counts
+// only if that turns out to be broken. With a line break inside a string, the reader is lost until a line looks like a record again.
 size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
     bool is_object[JSON_MAX_DEPTH + 1], line_begins = false;
     int depth = 0;
@@ -280,12 +289,15 @@ size_t json_extent(Reader *r, const char *s, size_t len, const char **problem) {
             i = state == STRING_CLOSED ? end - 1 : end;
             if (state != STRING_CLOSED) break;
         } else if (c == '{' || c == '[') {
-            bool misplaced = c == '{' && depth > 0 && (is_object[inner] ? previous != ':' : previous != '[' && previous != ',');
-            bool repeated = c == '{' && line_begins && key > 0 && i - line_at <= r->column && len - i >= key && memcmp(s + i, s, key) == 0;
+            bool left = c == '{' && line_begins && i - line_at <= r->column, comma = previous == '[' || previous == ',';
+            bool misplaced = c == '{' && depth > 0 && (is_object[inner] ? previous != ':' : left && !comma);
+            bool repeated = left && key > 0 && len - i >= key && memcmp(s + i, s, key) == 0;
             if (repeated && next == 0) next = i;
-            if (misplaced || (next > 0 && depth >= JSON_MAX_DEPTH)) return *problem = "it is cut off", next > 0 ? next : i;
+            bool is_cut = misplaced || (next > 0 && (depth >= JSON_MAX_DEPTH || !memchr(s, '\n', key)));
+            if (is_cut) return *problem = "it is cut off", next > 0 ? next : i;
             is_object[++depth <= JSON_MAX_DEPTH ? depth : JSON_MAX_DEPTH] = c == '{';
         } else if ((c == '}' || c == ']') && depth > 0) depth--;
+        if (depth == 0 && next > 0 && !is_json(s, i + 1)) break;
         if (depth == 0) return c == '"' ? string_extent(r, s, i + 1, len, problem) : i + 1;
         previous = c;
         line_begins = false;

@@ -266,6 +266,15 @@ equal "printed without indentation, with parts that look like records" "$(text "
 { printf '[\n{\n"text": "a",\n"list": [\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '{\n"text": "c"\n}\n]\n'; } > "$D/flatcut.json"
 prep flatcut "$D/flatcut.json"
 equal "so printed, with a record cut off" "$(text "$D/flatcut/train.bin")" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|c<|im_end|>|'
+{ printf '[\n'; printf '{\n"text": "a",\n"list": ["x",\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '"k": "y"]\n}\n]\n'; } > "$D/flatbad.json"
+prep flatbad "$D/flatbad.json"
+equal "so printed, balanced by chance, but no JSON" "$(text "$D/flatbad/train.bin")" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|'
+printf '[{"text":"g0"},{"tags":[{"x":1}{"x":2}],"text":"w"},{"text":"g1"},{"meta":[{"text":"p"}{"text":"q"}],"text":"w"},{"text":"g2"}]' > "$D/comma.json"
+prep comma "$D/comma.json"
+equal "a comma missing inside a record takes no other with it" "$(text "$D/comma/train.bin")" 'g0<|im_end|>|g1<|im_end|>|g2<|im_end|>|'
+{ printf '[\n{"text":"A","tags":["x",\n'; for i in 1 2 3; do printf '{"text":"g%d"},\n' $i; done; printf '"y"]},\n{"text":"g4"}\n]\n'; } > "$D/swallow.json"
+prep swallow "$D/swallow.json"
+equal "nor does a record that a stray end behind them closes" "$(text "$D/swallow/train.bin")" 'g1<|im_end|>|g2<|im_end|>|g3<|im_end|>|y<|im_end|>|g4<|im_end|>|'
 { printf '['; i=0; while [ $i -lt 1000 ]; do printf '{"text":[\n'; i=$((i + 1)); done; printf '{"text":"end"}]'; } > "$D/opens.json"
 prep opens "$D/opens.json"
 skips "a thousand records cut off where { could stand" "1000 malformed JSON" 1

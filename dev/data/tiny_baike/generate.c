@@ -931,7 +931,10 @@ void add_preference(Records *r, Scope *s, const Template *t, Worse worse) {
 }
 void add_dpo(Records *r, Scope *s) {
     const Worse worse[] = { WRONG, WRONG, WORDY, WORDY, UNSURE };
-    for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_ASK, f), worse[random_below(s->random, 5)]);
+    for (int f = 0; f < s->domain->num_facts; f++) {
+        Worse w = worse[random_below(s->random, 5)];             // drawn first: C leaves the order of arguments open
+        add_preference(r, s, any_question(s, KIND_ASK, f), w);
+    }
 }
 void add_dpo_facts(Records *r, Scope *s) {
     for (int f = 0; f < s->domain->num_facts; f++) add_preference(r, s, any_question(s, KIND_HELD, f), WRONG);

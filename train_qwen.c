@@ -383,10 +383,11 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
     else multiply_tile(c, ldc, a, b, kc, m, n, MR, mode);
 }
 
-// out[k * width + w] = from(w, k), w < count <= width, from k on to kc; zeros for the other w. Whole panels whose rows lie in memory as they
-// are go through registers, VL x VL at a time: interleaving row i with row i + VL / 2 moves each element's index bits (row, column) round
-// by one, so after log2(VL) times row and column have changed places. The next panel's rows are asked for meanwhile. A panel narrower than
-// a vector is written with vectors all the same, in ascending order; what is too much is overwritten by what comes next.
+// out[k * width + w] = from(w, k), w < count <= width, from k on to kc; zeros for the other w. Whole panels whose rows are contiguous
+// (col == 1) go through registers, VL x VL at a time: interleaving row i with row i + VL / 2 moves each element's index bits (row, column)
+// round by one, so after log2(VL) times row and column have changed places. The next panel's rows are asked for meanwhile. A panel narrower
+// than a vector is written with vectors all the same, in ascending order; what is too much is overwritten by what comes next, and needs
+// room for VL - width floats behind the last panel.
 #if defined(__GNUC__)
 __attribute__((always_inline))                                   // so that width is a constant
 #endif
@@ -423,12 +424,12 @@ static inline void pack_panel(float *out, View from, int count, int width, int k
 // The same for any count: panel p begins at out[p * width * depth], depth >= kc. What lies side by side in memory is copied by vectors, in
 // the order of the memory.
 #if defined(__GNUC__)
-__attribute__((always_inline))
+__attribute__((always_inline))                                   // likewise
 #endif
 static inline void pack(float *out, ptrdiff_t depth, View from, int count, int width, int kc) {
     int whole = count - count % width, copied = 0;
     if (from.row == 1)
-        for (; copied < kc - 1; copied++)                        // (the last k, of a narrow panel, could end with the memory)
+        for (; copied < kc - 1; copied++)                        // (the last k may end with the memory, and a vector be longer)
             for (int w0 = 0; w0 < whole; w0 += width)
                 for (int w = w0; w < w0 + width; w += VL)
                     *(vec_at *)(out + w0 * (depth - 1) + copied * width + w) = *(const vec_at *)(from.data + copied * from.col + w);

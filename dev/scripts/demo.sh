@@ -9,13 +9,15 @@
 set -e
 : "${OUT:=demo}" "${TINY:=data/tiny_baike}" "${QUESTIONS:=500}"
 : "${PRETRAIN_EPOCHS:=6}" "${SFT_EPOCHS:=2}" "${SFT_LR:=1e-3}" "${DPO_EPOCHS:=1}" "${DPO_LR:=1e-5}"
+[ -f "$TINY/dpo_heldout_style.jsonl" ] || { echo "$TINY is not there or older than this program; make tiny_baike makes it"; exit 1; }
 mkdir -p "$OUT"
+tab=$(printf '\t')
 began=$(date +%s)
 minutes() { echo $((($(date +%s) - began) / 60))m; }
 stage() { printf '\n=== %s (after %s)\n\n' "$1" "$(minutes)"; }
 
 # Questions of one line from the held-out phrasings, evenly spread over the file, with their answers.
-sed -n 's/^{"instruction":"\([^"\\]*\)","input":"","output":"\([^"\\]*\)。"}$/\1\t\2/p' "$TINY/sft_heldout.jsonl" |
+sed -n 's/^{"instruction":"\([^"\\]*\)","input":"","output":"\([^"\\]*\)。"}$/\1'"$tab"'\2/p' "$TINY/sft_heldout.jsonl" |
     awk -v n="$QUESTIONS" '{line[NR] = $0} END {for (i = 0; i < n; i++) print line[int(i * NR / n) + 1]}' > "$OUT/questions.tsv"
 cut -f 1 "$OUT/questions.tsv" > "$OUT/questions.txt"
 
@@ -31,20 +33,20 @@ for kind in facts style both; do pairs "$OUT/$kind" "$OUT/$kind.jsonl"; done
 examine() {
     ./evaluate --model "$OUT/$1" --answer text --json "$OUT/$1.json" "$TINY/mc" "$OUT/facts/train.bin" "$OUT/style/train.bin" > "$OUT/$1.txt"
     choice=$(sed -n 's/.*"accuracy":{.*"questions":\([0-9.]*\)}.*/\1/p' "$OUT/$1.json")
-    order=$(grep -o '"pairs":[0-9]*,"pairs_in_order":[0-9]*' "$OUT/$1.json" | awk -F '[:,]' '{printf "%16.1f %%", 100 * $4 / $2}')
+    order=$(grep -o '"pairs":[0-9]*,"pairs_in_order":[0-9]*' "$OUT/$1.json" | awk -F '[:,]' '{printf " %16.1f %%", 100 * $4 / $2}')
     if [ "$2" = chat ]; then
         ./chat --model "$OUT/$1" --fresh --greedy --max-tokens 48 < "$OUT/questions.txt" > "$OUT/$1_answers.txt" 2> "$OUT/$1_chat.txt"
         facts=$(paste "$OUT/questions.tsv" "$OUT/$1_answers.txt" | awk -F '\t' 'index($3, $2) {n++} END {printf "%.1f %%", 100 * n / NR}')
         endless=$(sed -n 's/.*unanswered, \([0-9]*\) answers without an end.*/\1/p' "$OUT/$1_chat.txt")
         ended=$((QUESTIONS - endless))
     fi
-    printf '%-12s %14.1f %% %s %18s %16s\n' "$1" "$choice" "$order" "${facts:--}" "${ended:--}" >> "$OUT/results.txt"
+    printf '%-12s %14.1f %%%s %18s %16s\n' "$1" "$choice" "$order" "${facts:--}" "${ended:--}" >> "$OUT/results.txt"
     cat "$OUT/results.txt"
 }
 printf '%-12s %16s %18s %18s %18s %16s\n' stage "multiple choice" "right over wrong" "short over wordy" "facts in answers" "answers that end" > "$OUT/results.txt"
 
 stage "1. Pretraining"
-./train_qwen --epochs "$PRETRAIN_EPOCHS" --sample-every 0 --log-every 200 --out "$OUT/pretrained"
+./train_qwen --data "$TINY" --epochs "$PRETRAIN_EPOCHS" --sample-every 0 --log-every 200 --out "$OUT/pretrained"
 examine pretrained
 
 stage "2. Instruction tuning"

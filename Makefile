@@ -220,13 +220,16 @@ test: $(PROGRAMS) chat $(TINY)/train.bin build/cpu_matmul build/cpu_bench $(TEST
 
 # The sources are C11 and C++17, with and without OpenMP, without a warning, for each compiler that is here.
 SOURCES := train_qwen.c dev/data/prepare.c dev/data/bench_tokenizer.c dev/data/tiny_baike/generate.c dev/chat.c dev/eval/evaluate.c dev/plot.c
-test-compile:
+test-compile: | build
 	@for c in gcc clang; do command -v $$c >/dev/null || { echo "SKIP $$c is not here"; continue; }; \
 	    for s in $(SOURCES); do \
 	        $$c -std=c11 -Wall -Wextra -Wc++-compat -Wno-unknown-pragmas -Werror -fsyntax-only $$s && \
 	        $$c -std=c11 -Wall -Wextra $(OPENMP) -Werror -fsyntax-only $$s && \
 	        $$c -x c++ -std=c++17 -Wall -Wextra -Wno-missing-field-initializers -Wno-unknown-pragmas -Werror -fsyntax-only $$s && \
 	        echo "ok   $$c: $$s as C11 and C++17" || exit 1; done; done
+	@rm -rf build/corpus_by_*; for c in gcc clang; do command -v $$c > /dev/null || continue; \
+	    $$c -std=c11 -O1 -o build/generate_$$c dev/data/tiny_baike/generate.c -lm && build/generate_$$c --out build/corpus_by_$$c > /dev/null || exit 1; \
+	    [ ! -d build/corpus_by_gcc ] || diff -rq build/corpus_by_gcc build/corpus_by_$$c || exit 1; done; echo "ok   the small corpus, the same from every compiler"
 
 debug: train_qwen.c | build
 	$(CC) $(SANITIZE) -O0 -o build/train_qwen_debug train_qwen.c -lm

@@ -148,7 +148,7 @@ w=dev/test/fixtures/qwen3/model.safetensors                                    #
 { head -c 2496 $w; tail -c +9105 $w | head -c 6604; tail -c +9101 $w; } > "$dir/tied/model.safetensors"
 fails "a head that differs in its last element" "lm_head.weight is no copy of the embeddings" ./train_qwen export --model "$dir/tied" --out "$dir/t"
 { head -c 2496 $w; tail -c +9105 $w | head -c 6608; tail -c +9105 $w; } > "$dir/tied/model.safetensors"
-says "a head that is a copy" "wrote $dir/t:" ./train_qwen export --model "$dir/tied" --out "$dir/t"
+says "a head that is a copy" "wrote $dir/same:" ./train_qwen export --model "$dir/tied" --out "$dir/same"
 ./train_qwen --data data/tiny_baike --model "$dir/a" --batch 2 --seq 32 --steps 2 --sample-every 0 --lora-rank 2 --out "$dir/r" > /dev/null
 fails "a resumed adapter with another alpha" "must stay so on --resume" ./train_qwen --resume --out "$dir/r" --lora-alpha 3 --steps 4 --batch 2 --seq 32
 fails "a resumed adapter on other projections" "must stay so on --resume" ./train_qwen --resume --out "$dir/r" --lora-targets q_proj --steps 4 --batch 2 --seq 32

@@ -33,6 +33,8 @@ ids() { "$P" show "$1" --ids --documents 1000000 | grep -v -e '^---' | sed 1,2d;
 text() { "$P" show "$1" --documents 1000000 | grep -v -e '^---' | sed 1,2d | tr '\n' '|'; }
 tokens_of() { printf "$1" | "$P" tokenize; }
 documents() { "$P" show "$1" --documents 0 | sed -n '1s/.*: [a-z]*, \([0-9]*\) documents.*/\1/p'; }
+# gives NAME TEXTS: $D/in.json becomes these documents, each with its end.
+gives() { rm -rf "$D/gives"; prep gives "$D/in.json"; equal "$1" "$(text "$D/gives/train.bin")" "$2"; }
 # fails NAME PATTERN command...: exit code 1 and exactly one line, which has PATTERN; no crash, no silence.
 fails() {
     name=$1; pattern=$2; shift 2
@@ -260,21 +262,18 @@ skips "a record cut where { can't stand" "dropped: 1 records: 1 malformed" 2
 printf '{"text":\n{"text":"r2"}\n{"text":"r3","list":[\n{"text":"r4"}\n' > "$D/repeated.jsonl"
 prep repeated "$D/repeated.jsonl"
 skips "a record cut where { could stand" "dropped: 2 records: 2 malformed" 2
-printf '[\n{\n"text": "a",\n"list": [\n{\n"text": "b"\n},\n{\n"text": "c"\n}\n],\n"one":\n{\n"text": "d"\n}\n},\n{\n"text": "e"\n}\n]\n' > "$D/flat.json"
-prep flat "$D/flat.json"
-equal "printed without indentation, with parts that look like records" "$(text "$D/flat/train.bin")" 'a<|im_end|>|e<|im_end|>|'
-{ printf '[\n{\n"text": "a",\n"list": [\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '{\n"text": "c"\n}\n]\n'; } > "$D/flatcut.json"
-prep flatcut "$D/flatcut.json"
-equal "so printed, with a record cut off" "$(text "$D/flatcut/train.bin")" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|c<|im_end|>|'
-{ printf '[\n'; printf '{\n"text": "a",\n"list": ["x",\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '"k": "y"]\n}\n]\n'; } > "$D/flatbad.json"
-prep flatbad "$D/flatbad.json"
-equal "so printed, balanced by chance, but no JSON" "$(text "$D/flatbad/train.bin")" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|'
-printf '[{"text":"g0"},{"tags":[{"x":1}{"x":2}],"text":"w"},{"text":"g1"},{"meta":[{"text":"p"}{"text":"q"}],"text":"w"},{"text":"g2"}]' > "$D/comma.json"
-prep comma "$D/comma.json"
-equal "a comma missing inside a record takes no other with it" "$(text "$D/comma/train.bin")" 'g0<|im_end|>|g1<|im_end|>|g2<|im_end|>|'
-{ printf '[\n{"text":"A","tags":["x",\n'; for i in 1 2 3; do printf '{"text":"g%d"},\n' $i; done; printf '"y"]},\n{"text":"g4"}\n]\n'; } > "$D/swallow.json"
-prep swallow "$D/swallow.json"
-equal "nor does a record that a stray end behind them closes" "$(text "$D/swallow/train.bin")" 'g1<|im_end|>|g2<|im_end|>|g3<|im_end|>|y<|im_end|>|g4<|im_end|>|'
+printf '[\n{\n"text": "a",\n"list": [\n{\n"text": "b"\n},\n{\n"text": "c"\n}\n],\n"one":\n{\n"text": "d"\n}\n},\n{\n"text": "e"\n}\n]\n' > "$D/in.json"
+gives "printed without indentation, with parts that look like records" 'a<|im_end|>|e<|im_end|>|'
+{ printf '[\n{\n"text": "a",\n"list": [\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '{\n"text": "c"\n}\n]\n'; } > "$D/in.json"
+gives "so printed, with a record cut off" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|c<|im_end|>|'
+{ printf '[\n'; printf '{\n"text": "a",\n"list": ["x",\n'; for i in 1 2 3; do printf '{\n"text": "b%d"\n},\n' $i; done; printf '"k": "y"]\n}\n]\n'; } > "$D/in.json"
+gives "so printed, balanced by chance, but no JSON" 'b1<|im_end|>|b2<|im_end|>|b3<|im_end|>|'
+printf '[{"text":"g0"},{"tags":[{"x":1}{"x":2}],"text":"w"},{"text":"g1"},{"meta":[{"text":"p"}{"text":"q"}],"text":"w"},{"text":"g2"}]' > "$D/in.json"
+gives "a comma missing inside a record takes no other with it" 'g0<|im_end|>|g1<|im_end|>|g2<|im_end|>|'
+{ printf '[\n{"text":"A","tags":["x",\n'; for i in 1 2 3; do printf '{"text":"g%d"},\n' $i; done; printf '"y"]},\n{"text":"g4"}\n]\n'; } > "$D/in.json"
+gives "nor does a record that a stray end behind them closes" 'g1<|im_end|>|g2<|im_end|>|g3<|im_end|>|y<|im_end|>|g4<|im_end|>|'
+printf '{"text":"a","list":[1\n{"id":2,"text":"b"}\n{"text":"c"}\n' > "$D/in.json"
+gives "a record cut off in an array, the next begins with another key" 'b<|im_end|>|c<|im_end|>|'
 { printf '['; i=0; while [ $i -lt 1000 ]; do printf '{"text":[\n'; i=$((i + 1)); done; printf '{"text":"end"}]'; } > "$D/opens.json"
 prep opens "$D/opens.json"
 skips "a thousand records cut off where { could stand" "1000 malformed JSON" 1

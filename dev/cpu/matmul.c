@@ -130,9 +130,10 @@ void matmul_v5(float *out, const float *inp, const float *weight, int N, int C, 
 }
 
 // v6, in train_qwen.c. Before: see v5.
-// Change: inp is packed too, both through registers, VL x VL numbers at a time, and the rows that come next are asked for meanwhile; a tile
-// of out is prefetched before its sums begin, and has 4 or 8 rows where out ends; the loop over k is unrolled by 4; threads share out as a
-// grid of tiles that needs the least packing. Limit now: 75 to 95 % of the multiply-adds there are. The rest is packing, and waiting for
+// Change: inp is packed too, both through registers, VL x VL numbers at a time, and the rows that come next are asked for meanwhile; of the
+// blocks, a panel of inp (MR, KC) stays in L1 and weight's in L2, so that tiles of out follow each other along its rows; a tile is prefetched
+// before its sums begin, and has 4 or 8 rows where out ends; the loop over k is unrolled by 4; threads share out as a grid of tiles that
+// needs the least packing. Limit now: 75 to 95 % of the multiply-adds there are. The rest is packing, and waiting for
 // inp and out when C is small.
 void matmul_v6(float *out, const float *inp, const float *weight, int N, int C, int O) {
     gemm(out, O, view(inp, C, 1), view(weight, 1, C), N, O, C, OVERWRITE);

@@ -406,7 +406,7 @@ __attribute__((always_inline))                                   // so that widt
 static inline void pack_panel(float *out, View from, int count, int width, int k, int kc) {
 #if defined(__has_builtin) && !defined(__CUDACC__)
 #if __has_builtin(__builtin_shufflevector)
-    if (from.col == 1 && count == width)
+    if (from.col == 1 && count == width && (width < VL || width % VL == 0))
         for (; k + VL <= kc; k += VL)
             for (int w0 = 0; w0 < width; w0 += VL) {
                 vec rows[VL], next[VL];
@@ -867,9 +867,10 @@ void attention_head(float *att, float *lse, const float *q, const float *k, cons
             softmax_block(p, lanes, out, 1.0f / sqrtf((float)HD), key, count, HD);
             multiply_packed(out, NR, values + (ptrdiff_t)key * MR, total, p, count, HD, NR, count, ACCUMULATE);
         }
+        pack_panel(queries, view(out, NR, 1), HD, HD, 0, NR);                        // att (NR, HD)
         for (int i = 0; i < rows; i++) {
             float sum = lanes[i / VL].sum[i % VL], inverse = 1.0f / sum;
-            for (int c = 0; c < HD; c++) att[(ptrdiff_t)(t0 + i) * att_stride + c] = out[c * NR + i] * inverse;
+            for (int c = 0; c < HD; c++) att[(ptrdiff_t)(t0 + i) * att_stride + c] = queries[i * HD + c] * inverse;
             if (lse) lse[t0 + i] = lanes[i / VL].max[i % VL] + logf(sum);
         }
     }
@@ -985,8 +986,10 @@ void attention_backward_block(float *dq, float *dk, float *dv, const float *datt
                             ACCUMULATE);
         }
     }
-    for (int i = 0; i < n; i++)
-        for (int c = 0; c < HD; c++) dq[(ptrdiff_t)i * stride + c] = a->dq_t[i / NR * NR * HD + c * NR + i % NR];
+    for (int i = 0; i < n; i++) {
+        if (i % NR == 0) pack_panel(a->queries_t, view(a->dq_t + i * HD, NR, 1), HD, HD, 0, NR);       // dQ (NR, HD)
+        memcpy(dq + (ptrdiff_t)i * stride, a->queries_t + i % NR * HD, sizeof(float) * (size_t)HD);
+    }
 }
 
 void attention_backward(float *dq, float *dk, float *dv, const float *datt, const float *att, const float *lse, const float *q,

@@ -614,6 +614,7 @@ void half_weights_make(const float *weights, size_t count) {
     half_weights_free(half_weights.weights);
     uint16_t *halves = exact ? (uint16_t *)malloc(count * sizeof(uint16_t)) : NULL;  // if there is no room for it, it goes without
     if (!halves) return;
+    with_huge_pages(halves, count * sizeof(uint16_t));
     #pragma omp parallel for
     for (size_t i = 0; i < count; i++) halves[i] = (uint16_t)(float_bits(weights[i]) >> 16);
     half_weights.weights = weights, half_weights.count = count, half_weights.halves = halves;

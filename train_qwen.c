@@ -86,7 +86,7 @@ void *xrealloc(void *old, size_t bytes) {
     CHECK(p != NULL, "out of memory: could not get %zu MiB", bytes >> 20);
     return p;
 }
-// Asks Linux for pages of 2 MiB where a large array covers them. Looking up the addresses of 4 KiB ones costs training several percent.
+// Asks Linux for pages of 2 MiB where a large array covers them. Looking up the addresses of 4 KiB ones makes an update 2 to 4 % slower.
 void *with_huge_pages(void *p, size_t bytes) {
 #ifdef MADV_HUGEPAGE
     const size_t page = 1 << 21, skipped = (page - (uintptr_t)p % page) % page;
@@ -397,9 +397,9 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
 // out[k * width + w] = from(w, k), w < count <= width, from k on to kc; zeros for the other w. Whole panels whose rows are contiguous
 // (col == 1) go through registers, VL x VL at a time: interleaving row i with row i + VL / 2 moves each element's index bits (row, column)
 // round by one, so after log2(VL) times row and column have changed places. The next panel's rows are asked for meanwhile, but only up to
-// the L2 cache (the 2): they would fill the L1 cache before they are used, which takes twice the time. A panel narrower
-// than a vector is written with vectors all the same, in ascending order; what is too much is overwritten by what comes next, and needs
-// room for VL - width floats behind the last panel.
+// the L2 cache (the 2): in the L1 cache they push out what is packed, which takes twice the time. A panel narrower than a vector is
+// written with vectors all the same, in ascending order; what is too much is overwritten by what comes next, and needs room for VL - width
+// floats behind the last panel. (One wider than a vector has to be whole vectors.)
 #if defined(__GNUC__)
 __attribute__((always_inline))                                   // so that width is a constant
 #endif

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The same updates in PyTorch and in train_qwen, one after the other on the same threads: tokens per second, memory, and their ratio.
 
-    python3 -m venv venv && venv/bin/pip install torch
+    python3 -m venv venv && venv/bin/pip install torch numpy
     venv/bin/python dev/cpu/bench_torch.py                    # 2 threads, width 256: eager and torch.compile
     venv/bin/python dev/cpu/bench_torch.py --case 512 --threads 1
     venv/bin/python dev/cpu/bench_torch.py --case matmul      # the matrix products alone, those of `make bench`, against torch.mm

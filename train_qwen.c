@@ -399,7 +399,7 @@ void micro_kernel(float *c, ptrdiff_t ldc, const float *a, const float *b, int k
 // round by one, so after log2(VL) times row and column have changed places. The next panel's rows are asked for meanwhile, but only up to
 // the L2 cache (the 2): in the L1 cache they push out what is packed, which takes twice the time. A panel narrower than a vector is
 // written with vectors all the same, in ascending order; what is too much is overwritten by what comes next, and needs room for VL - width
-// floats behind the last panel. (One wider than a vector has to be whole vectors.)
+// floats behind the last panel. (One that is wider, but no whole number of vectors, goes element by element.)
 #if defined(__GNUC__)
 __attribute__((always_inline))                                   // so that width is a constant
 #endif

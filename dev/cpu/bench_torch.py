@@ -4,6 +4,7 @@
     python3 -m venv venv && venv/bin/pip install torch numpy
     venv/bin/python dev/cpu/bench_torch.py                    # 2 threads, width 256: eager and torch.compile
     venv/bin/python dev/cpu/bench_torch.py --case 512 --threads 1
+    venv/bin/python dev/cpu/bench_torch.py --batch 16         # rows of tokens in an update
     venv/bin/python dev/cpu/bench_torch.py --case matmul      # the matrix products alone, those of `make bench`, against torch.mm
 
 Both train from the same weights (written here as a Hugging Face directory) on the same tokens in fp32: forward, backward, clipping at 1.0
@@ -198,11 +199,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=[*CASES, "matmul"], default="256",
                         help="width of the model, or tiny (the default run), 0.5b (Qwen2.5-0.5B), matmul (products alone)")
+    parser.add_argument("--batch", type=int, help="rows of tokens in an update, instead of the case's own")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--modes", default="eager,compile")
     parser.add_argument("--torch-side", nargs=2, help=argparse.SUPPRESS)          # how this script runs PyTorch in a process of its own
     o = parser.parse_args()
+    if o.batch is not None:
+        if o.batch < 1 or o.case == "matmul": parser.error(f"--batch {o.batch}: at least 1 row, and not for --case matmul")
+        CASES[o.case] = (*CASES[o.case][:-2], o.batch, CASES[o.case][-1])
     if o.torch_side and o.torch_side[0] == "inputs": return write_inputs(o.case, o.torch_side[1])
     if o.torch_side and o.torch_side[0] == "products": return torch_products(o.threads, json.loads(o.torch_side[1]))
     if o.torch_side: return torch_side(o.case, o.threads, *o.torch_side)
@@ -212,7 +217,7 @@ def main():
                       stdout=subprocess.DEVNULL).returncode: sys.exit("make failed")
     with tempfile.TemporaryDirectory() as directory:
         def torch_command(side):
-            return [sys.executable, __file__, "--case", o.case, "--threads", str(o.threads), "--torch-side", side, directory]
+            return [sys.executable, __file__, "--case", o.case, "--batch", str(B), "--threads", str(o.threads), "--torch-side", side, directory]
         run(torch_command("inputs"), o.threads)    # not in this process: Linux counts a parent's peak of memory as its children's
         modes, speeds, ratios, memory = o.modes.split(","), {}, {}, {}
         for repeat in range(o.repeats):

@@ -335,7 +335,7 @@ enum {
     NR = 2 * VL,                 // columns of C in the micro-kernel
     KC = 256,                    // depth of a block: a panel of A (MR, KC) stays in the L1 cache
     NC = 512,                    // columns of B (KC, NC) that are packed at a time, and stay in the L2 cache meanwhile
-    MC = (96 + MR - 1) / MR * MR,    // rows of A that are packed at a time
+    MC = (192 + MR - 1) / MR * MR,   // rows of A that are packed at a time, to the L2 cache too
 };
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef int32_t veci __attribute__((vector_size(VL * 4)));

@@ -137,7 +137,7 @@ void matmul_v5(float *out, const float *inp, const float *weight, int N, int C, 
 // inp and out when C is small.
 // Tried without gain on two cores (Zen 4): packing weight once for both threads, or inp too, and handing out tiles as threads get free
 // (barriers and another core's cache cost what is saved, or up to 12 % more); packing inp once for all columns (weight then comes from L3
-// each time); prefetching weight's panel in the loop over k; other KC, NC, MC.
+// each time); prefetching weight's panel in the loop over k; other KC and NC, and MC above 200.
 void matmul_v6(float *out, const float *inp, const float *weight, int N, int C, int O) {
     gemm(out, O, view(inp, C, 1), view(weight, 1, C), N, O, C, OVERWRITE);
 }
